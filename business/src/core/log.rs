@@ -1,0 +1,922 @@
+//! An owned shard: what is asked of it, its open batch, and the commits (design §4).
+//!
+//! Sequence numbers are given when a batch is formed, against what is committed, and taken over when the commit is confirmed; a batch
+//! that is not stored leaves no trace. One batch of a shard is under way at a time; what comes meanwhile waits for the next.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use im_proto::ids::{Conversation as Parsed, is_name, shard_of};
+use im_proto::link::reply::Outcome as Answer;
+use im_proto::link::{
+    Body, Entry, EntryKind, Fetch, Fetched, Group as GroupInfo, GroupChange, GroupGet, GroupMember, Head, HeadList, Heads, MarkRead,
+    Marked, Notify, ReadState, Refusal, RoomMessage, Send, Stored, body, push,
+};
+use im_proto::state::{GroupRow, MarkRow};
+use im_proto::topic::SYSTEM_SENDER;
+use prost::Message;
+
+use super::calls::{StoreAnswer, StoreCall, keys};
+use super::conversation::{Conversation, GroupStep, Member, Members};
+use super::notify::{Outgoing, PeerToken};
+use super::ownership::{CONFIRMED_FOR, Leaving, RETRY_PAUSE, store_refusal};
+use super::users::{Users, UserWrite};
+use super::{Ask, Context, Env, LinkId, Map, ReplyTo};
+use crate::store::{Duplicate, LogEntry, LogRange, Put, ShardBatch, StoreError, Tail};
+
+/// Writes of one shard in one batch.
+const BATCH_OPS_MAX: usize = 512;
+/// How often a watermark that moved is written when nothing else is.
+const WATERMARK_INTERVAL: Duration = Duration::from_secs(5);
+/// Entries of one fetch.
+const FETCH_ENTRIES_MAX: u32 = 256;
+/// Payload bytes of one fetch.
+const FETCH_BYTES_MAX: u32 = 1 << 20;
+/// Users that one change of a group may name.
+const CHANGE_USERS_MAX: usize = 1_000;
+/// Idle time after which a conversation or user may leave memory.
+pub(super) const IDLE_MAX: Duration = Duration::from_secs(60);
+
+/// A shard in our hands.
+pub(super) struct OwnedShard {
+    pub(super) number: u32,
+    pub(super) epoch: u64,
+    /// When the store last agreed that we own it.
+    confirmed_at: Duration,
+    /// Asked while unconfirmed for too long.
+    stalled: VecDeque<Ask>,
+    pub(super) leaving: Option<Leaving>,
+
+    head_pos: u64,
+    ops: VecDeque<Op>,
+    under_way: Option<Vec<Formed>>,
+    /// After a refused commit.
+    write_again_at: Duration,
+    watermark_written: u64,
+    watermark_write_at: Duration,
+
+    conversations: Map<Arc<str>, Cached<Conversation>>,
+    rooms: BTreeMap<String, BTreeSet<LinkId>>,
+    pub(super) users: Users,
+    pub(super) outgoing: Outgoing,
+    parked: BTreeMap<u64, Parked>,
+    next_parked: u64,
+
+    load: f64,
+    pub(super) load_count: u64,
+}
+
+/// Something read from the store when it is first needed.
+pub(super) enum Cached<T> {
+    /// Being read; these requests wait.
+    Loading(Vec<u64>),
+    /// In memory.
+    Ready { value: T, used_at: Duration },
+}
+
+/// A request that waits for loads.
+struct Parked {
+    ask: Ask,
+    missing: usize,
+}
+
+/// A write that waits for the next batch.
+enum Op {
+    Send { to: ReplyTo, send: Send, key: Bytes },
+    Mark { to: ReplyTo, mark: MarkRead },
+    Group { to: ReplyTo, change: GroupChange },
+    User(UserWrite),
+}
+
+/// A write under way.
+enum Formed {
+    Send { to: ReplyTo, send: Send, key: Bytes, entry: LogEntry },
+    Mark { to: ReplyTo, mark: MarkRead, seq: u64 },
+    /// An implied mark, written with the batch.
+    Implied { conversation: Arc<str>, user: Arc<str>, seq: u64 },
+    Group { to: ReplyTo, change: GroupChange, entries: Vec<LogEntry>, members: Vec<(Arc<str>, Member)> },
+    User(UserWrite),
+}
+
+impl Formed {
+    fn entries(&self) -> &[LogEntry] {
+        match self {
+            Self::Send { entry, .. } => std::slice::from_ref(entry),
+            Self::Group { entries, .. } => entries,
+            _ => &[],
+        }
+    }
+}
+
+/// A fetch that reads the log.
+#[derive(Debug)]
+pub(super) struct PendingFetch {
+    to: ReplyTo,
+    conversation: Arc<str>,
+    /// The visible interval it reads in, and where the next one starts.
+    last: u64,
+    after: u64,
+    head: u64,
+    backward: bool,
+    /// Fewer than these came: the interval is read to its end.
+    visible: Vec<(u64, u64)>,
+}
+
+impl OwnedShard {
+    pub(super) fn new(tail: Tail, now: Duration) -> Self {
+        Self {
+            number: tail.shard,
+            epoch: tail.epoch,
+            confirmed_at: now,
+            stalled: VecDeque::new(),
+            leaving: None,
+            head_pos: tail.head_pos,
+            ops: VecDeque::new(),
+            under_way: None,
+            write_again_at: now,
+            watermark_written: tail.watermark,
+            watermark_write_at: now + WATERMARK_INTERVAL,
+            conversations: Map::default(),
+            rooms: BTreeMap::new(),
+            users: Users::new(now),
+            outgoing: Outgoing::new(tail.watermark, now),
+            parked: BTreeMap::new(),
+            next_parked: 1,
+            load: 0.0,
+            load_count: 0,
+        }
+    }
+
+    /// The highest `pos` stored.
+    pub(super) fn head_pos(&self) -> u64 {
+        self.head_pos
+    }
+
+    // ---- requests -------------------------------------------------------------------------------------------------------
+
+    /// Takes a request that is meant for this epoch.
+    pub(super) fn ask(&mut self, env: &mut Env, ask: Ask) {
+        if env.now.mono > self.confirmed_at + CONFIRMED_FOR {
+            // Perhaps somebody else owns it by now: the check under way, or the next, tells.
+            if self.stalled.len() >= env.limits.shard_ops_max {
+                return env.refuse(ask.to, Refusal::Busy, "the store is slow to confirm this shard");
+            }
+            return self.stalled.push_back(ask);
+        }
+        self.dispatch(env, ask);
+    }
+
+    /// The store agreed, at this time, that the shard is ours.
+    pub(super) fn confirmed(&mut self, env: &mut Env, at: Duration) {
+        self.confirmed_at = self.confirmed_at.max(at);
+        if env.now.mono <= self.confirmed_at + CONFIRMED_FOR {
+            for ask in std::mem::take(&mut self.stalled) {
+                self.dispatch(env, ask);
+            }
+        }
+    }
+
+    fn dispatch(&mut self, env: &mut Env, ask: Ask) {
+        if let Err(reason) = check(&ask.body, ask.shard, env) {
+            return env.refuse(ask.to, Refusal::Invalid, reason);
+        }
+        let missing = self.load_missing(env, &ask.body);
+        if missing > 0 {
+            if env.parked >= env.limits.parked_max {
+                // The loads go on: the next attempt finds them done.
+                self.forget_waiter(self.next_parked);
+                return env.refuse(ask.to, Refusal::Busy, "too many requests wait for the store");
+            }
+            env.parked += 1;
+            self.parked.insert(self.next_parked, Parked { ask, missing });
+            self.next_parked += 1;
+            return;
+        }
+        let to = ask.to;
+        match ask.body {
+            body::Body::Send(send) => {
+                env.stats.accepted += 1;
+                if send.payload.len() > env.limits.payload_max {
+                    return env.refuse(to, Refusal::Invalid, "the payload is too large");
+                }
+                let key = dedup_key(&send);
+                self.enqueue(env, Op::Send { to, send, key });
+            }
+            body::Body::MarkRead(mark) => self.enqueue(env, Op::Mark { to, mark }),
+            body::Body::GroupChange(change) => self.enqueue(env, Op::Group { to, change }),
+            body::Body::Heads(heads) => self.heads(env, to, &heads),
+            body::Body::Fetch(fetch) => self.fetch(env, to, &fetch),
+            body::Body::GroupGet(get) => self.group_get(env, to, &get),
+            body::Body::RoomJoin(join) => {
+                self.rooms.entry(join.room).or_default().insert(to.link);
+                env.done(to);
+            }
+            body::Body::RoomLeave(leave) => {
+                if let Some(viewers) = self.rooms.get_mut(&leave.room) {
+                    viewers.remove(&to.link);
+                    if viewers.is_empty() {
+                        self.rooms.remove(&leave.room);
+                    }
+                }
+                env.done(to);
+            }
+            body::Body::RoomPublish(publish) => {
+                self.load_count += 1;
+                let viewers: Vec<LinkId> = self.rooms.get(&publish.room).into_iter().flatten().copied().collect();
+                let message = RoomMessage {
+                    room: publish.room,
+                    sender: publish.sender,
+                    device: publish.device,
+                    payload: publish.payload,
+                };
+                for link in viewers {
+                    if let Some(gateway) = env.links.get(&link).cloned() {
+                        env.push(&gateway, push::Push::RoomMessage(message.clone()), None);
+                    }
+                }
+                env.done(to);
+            }
+            user_body => self.ask_users(env, to, user_body),
+        }
+    }
+
+    /// Queues a write of user state.
+    pub(super) fn write_user(&mut self, env: &mut Env, write: UserWrite) {
+        self.enqueue(env, Op::User(write));
+    }
+
+    fn enqueue(&mut self, env: &mut Env, op: Op) {
+        let to = match &op {
+            Op::Send { to, .. } | Op::Mark { to, .. } | Op::Group { to, .. } => Some(*to),
+            Op::User(_) => None,
+        };
+        match to {
+            Some(to) if self.ops.len() >= env.limits.shard_ops_max => {
+                env.refuse(to, Refusal::Busy, "the shard's queue is full: try again in a moment");
+            }
+            _ => self.ops.push_back(op),
+        }
+    }
+
+    // ---- loads ----------------------------------------------------------------------------------------------------------
+
+    /// Starts reading what a request needs and is not in memory; the request about to be parked waits for it.
+    fn load_missing(&mut self, env: &mut Env, body: &body::Body) -> usize {
+        let mut missing = 0;
+        let now = env.now.mono;
+        let waiter = self.next_parked;
+        let single;
+        let conversations: &[String] = match body {
+            body::Body::Heads(heads) => &heads.conversations,
+            body::Body::Send(Send { conversation, .. })
+            | body::Body::MarkRead(MarkRead { conversation, .. })
+            | body::Body::Fetch(Fetch { conversation, .. })
+            | body::Body::GroupChange(GroupChange { conversation, .. })
+            | body::Body::GroupGet(GroupGet { conversation, .. }) => {
+                if let Some(Cached::Ready { used_at, .. }) = self.conversations.get_mut(conversation.as_str()) {
+                    *used_at = now;
+                    return 0;
+                }
+                single = [conversation.clone()];
+                &single
+            }
+            _ => &[],
+        };
+        for conversation in conversations {
+            match self.conversations.get_mut(conversation.as_str()) {
+                Some(Cached::Ready { used_at, .. }) => *used_at = now,
+                Some(Cached::Loading(waiters)) => {
+                    waiters.push(waiter);
+                    missing += 1;
+                }
+                None => {
+                    self.load_conversation(env, conversation.as_str().into(), Some(waiter));
+                    missing += 1;
+                }
+            }
+        }
+        missing + self.load_missing_users(env, body, waiter)
+    }
+
+    fn load_conversation(&mut self, env: &mut Env, conversation: Arc<str>, waiter: Option<u64>) {
+        self.conversations.insert(conversation.clone(), Cached::Loading(waiter.into_iter().collect()));
+        let call = StoreCall::LoadConversation { shard: self.number, conversation: conversation.clone() };
+        env.call(call, Context::LoadConversation { shard: self.number, epoch: self.epoch, conversation });
+    }
+
+    fn forget_waiter(&mut self, waiter: u64) {
+        for cached in self.conversations.values_mut() {
+            if let Cached::Loading(waiters) = cached {
+                waiters.retain(|id| *id != waiter);
+            }
+        }
+        self.users.forget_waiter(waiter);
+    }
+
+    pub(super) fn conversation_loaded(&mut self, env: &mut Env, id: Arc<str>, answer: Result<StoreAnswer, StoreError>) {
+        let loaded = match answer {
+            Ok(StoreAnswer::LoadConversation(rows)) => {
+                Conversation::load(id.clone(), rows).map_err(|reason| (Refusal::StoreUnavailable, reason))
+            }
+            Ok(_) => Err((Refusal::StoreUnavailable, "the store answered something else".to_owned())),
+            Err(error) => Err(store_refusal(&error)),
+        };
+        let Some(Cached::Loading(waiters)) = self.conversations.remove(&id) else { return };
+        let outcome = loaded.map(|value| {
+            self.conversations.insert(id, Cached::Ready { value, used_at: env.now.mono });
+        });
+        self.wake(env, waiters, outcome);
+        self.notify_backlog(env);
+    }
+
+    /// What requests waited for is there, or can't be had.
+    pub(super) fn wake(&mut self, env: &mut Env, waiters: Vec<u64>, outcome: Result<(), (Refusal, String)>) {
+        for waiter in waiters {
+            let Some(parked) = self.parked.get_mut(&waiter) else { continue };
+            parked.missing -= 1;
+            if parked.missing > 0 && outcome.is_ok() {
+                continue;
+            }
+            let Some(parked) = self.parked.remove(&waiter) else { continue };
+            env.parked -= 1;
+            match &outcome {
+                Ok(()) if self.leaving.is_none() => self.dispatch(env, parked.ask),
+                // It is asked again of the new owner.
+                Ok(()) => {}
+                Err((code, reason)) => env.refuse(parked.ask.to, *code, reason.clone()),
+            }
+        }
+    }
+
+    pub(super) fn conversation(&self, id: &str) -> Option<&Conversation> {
+        match self.conversations.get(id) {
+            Some(Cached::Ready { value, .. }) => Some(value),
+            _ => None,
+        }
+    }
+
+    fn conversation_mut(&mut self, id: &str) -> Option<&mut Conversation> {
+        match self.conversations.get_mut(id) {
+            Some(Cached::Ready { value, .. }) => Some(value),
+            _ => None,
+        }
+    }
+
+    /// The conversation, or `None` after its load was started.
+    pub(super) fn conversation_or_load(&mut self, env: &mut Env, id: &Arc<str>) -> Option<&Conversation> {
+        if !self.conversations.contains_key(id) {
+            self.load_conversation(env, id.clone(), None);
+        }
+        self.conversation(id)
+    }
+
+    // ---- reads ----------------------------------------------------------------------------------------------------------
+
+    fn heads(&mut self, env: &mut Env, to: ReplyTo, heads: &Heads) {
+        let user = heads.user.as_str();
+        let found = heads.conversations.iter().filter_map(|id| self.conversation(id));
+        let heads = found.map(|conversation| Head {
+            conversation: conversation.id.to_string(),
+            head: conversation.visible_head(user),
+            ts_ms: conversation.head_ts_ms,
+            own_mark: conversation.mark(user),
+            peer_mark: conversation.peer_of(user).map_or(0, |peer| conversation.mark(peer)),
+        });
+        env.reply(to, Answer::Heads(HeadList { heads: heads.collect() }));
+    }
+
+    fn fetch(&mut self, env: &mut Env, to: ReplyTo, fetch: &Fetch) {
+        let shard = self.number;
+        let Some(conversation) = self.conversation(&fetch.conversation) else { return };
+        let visible = conversation.visible(&fetch.user);
+        let head = conversation.visible_head(&fetch.user);
+        if visible.is_empty() {
+            return env.refuse(to, Refusal::NotAMember, "not a member of this conversation");
+        }
+        let limit = fetch.limit.clamp(1, FETCH_ENTRIES_MAX);
+        let max_bytes = fetch.bytes_max.clamp(1, FETCH_BYTES_MAX);
+        let answer = |entries, next| Answer::Fetched(Fetched { entries, next, head });
+        let id = conversation.id.clone();
+        let (from, last, after) = if fetch.backward {
+            let wanted = if fetch.from == 0 { head } else { fetch.from.min(head) };
+            let Some(&(first, last)) = visible.iter().rev().find(|(first, last)| *first <= wanted && first <= last) else {
+                return env.reply(to, answer(Vec::new(), 0));
+            };
+            // Backward, `last` is the lower end.
+            (last.min(wanted), first, 0)
+        } else {
+            let wanted = fetch.from.max(1);
+            let Some(index) = visible.iter().position(|(first, last)| *last >= wanted && first <= last) else {
+                return env.reply(to, answer(Vec::new(), head.max(wanted - 1) + 1));
+            };
+            let (first, last) = visible[index];
+            (first.max(wanted), last, visible.get(index + 1).map_or(last + 1, |(first, _)| *first))
+        };
+        if !fetch.backward
+            && let Some(cached) = conversation.cached_from(from)
+        {
+            let mut bytes = 0;
+            let fits = |entry: &&LogEntry| {
+                let first = bytes == 0;
+                bytes += entry.payload.len() + 1;
+                entry.seq <= last && (first || bytes <= max_bytes as usize)
+            };
+            let entries: Vec<Entry> = cached.take(limit as usize).take_while(fits).map(entry_of).collect();
+            let end = entries.last().map_or(from - 1, |entry| entry.seq);
+            return env.reply(to, answer(entries, if end >= last { after } else { end + 1 }));
+        }
+        let call = StoreCall::Range(LogRange { shard, conversation: id.clone(), from, limit, max_bytes, backward: fetch.backward });
+        let pending = PendingFetch { to, conversation: id, last, after, head, backward: fetch.backward, visible };
+        env.call(call, Context::Range { shard, epoch: self.epoch, fetch: pending });
+    }
+
+    pub(super) fn range_read(&mut self, env: &mut Env, fetch: PendingFetch, answer: Result<StoreAnswer, StoreError>) {
+        let rows = match answer {
+            Ok(StoreAnswer::Range(rows)) => rows,
+            Ok(_) => return,
+            Err(error) => {
+                let (code, reason) = store_refusal(&error);
+                return env.refuse(fetch.to, code, reason);
+            }
+        };
+        let seen = |seq: u64| fetch.visible.iter().any(|(first, last)| (*first..=*last).contains(&seq));
+        let mut entries: Vec<Entry> = rows.iter().filter(|row| seen(row.seq)).map(entry_of).collect();
+        if fetch.backward {
+            let next = rows.last().map_or(0, |row| row.seq.saturating_sub(1));
+            return env.reply(fetch.to, Answer::Fetched(Fetched { entries, next, head: fetch.head }));
+        }
+        entries.retain(|entry| entry.seq <= fetch.last);
+        let Some(end) = entries.last().map(|entry| entry.seq) else {
+            // The head says that there is more than the log gives.
+            env.stats.holes += 1;
+            tracing::error!(shard = self.number, conversation = %fetch.conversation, "the log ends before its head");
+            return env.refuse(fetch.to, Refusal::StoreUnavailable, "the log can't be read");
+        };
+        let next = if end >= fetch.last { fetch.after } else { end + 1 };
+        env.reply(fetch.to, Answer::Fetched(Fetched { entries, next, head: fetch.head }));
+    }
+
+    fn group_get(&mut self, env: &mut Env, to: ReplyTo, get: &GroupGet) {
+        let Some(conversation) = self.conversation(&get.conversation) else { return };
+        let Members::Group(Some(_)) = &conversation.members else {
+            return env.refuse(to, Refusal::NotFound, "there is no such group");
+        };
+        if !get.actor.is_empty() && !conversation.is_member(&get.actor) {
+            return env.refuse(to, Refusal::NotAMember, "only members may see a group");
+        }
+        let info = group_info(conversation);
+        env.reply(to, Answer::Group(info));
+    }
+
+    pub(super) fn leave_rooms(&mut self, link: LinkId) {
+        self.rooms.retain(|_, viewers| {
+            viewers.remove(&link);
+            !viewers.is_empty()
+        });
+    }
+
+    // ---- writes ---------------------------------------------------------------------------------------------------------
+
+    /// Whether nothing of the shard waits or is under way; then it may be released.
+    pub(super) fn nothing_open(&self) -> bool {
+        self.ops.is_empty() && self.under_way.is_none() && self.parked.is_empty()
+    }
+
+    /// Takes nothing new from now on, and writes down what is only in memory.
+    pub(super) fn leave(&mut self, env: &mut Env, to: String) {
+        if self.leaving.is_some() {
+            return;
+        }
+        let moved = im_proto::link::Moved { shard: self.number, ended: self.epoch, to: to.clone() };
+        self.leaving = Some(Leaving { to, releasing: false, ask_at: env.now.mono, cancelled: false });
+        self.stalled.clear();
+        env.parked -= self.parked.len();
+        self.parked.clear();
+        self.write_cursors(env);
+        env.router.moved(&moved);
+        env.broadcast(im_proto::link::server_frame::Frame::Moved(moved));
+    }
+
+    /// The shard is ours no more: what it waited for elsewhere is called off.
+    pub(super) fn abandon(&mut self, env: &mut Env) {
+        env.parked -= self.parked.len();
+        self.parked.clear();
+        self.outgoing.cancel_all(env);
+    }
+
+    /// Takes what waits into a batch, within what is left of the commit's budget.
+    pub(super) fn form_batch(&mut self, env: &mut Env, ops_left: &mut usize, bytes_left: &mut usize) -> Option<ShardBatch> {
+        let now = env.now.mono;
+        if self.under_way.is_some() || now < self.write_again_at {
+            return None;
+        }
+        let watermark = self.outgoing.watermark(self.head_pos);
+        let watermark_due = watermark > self.watermark_written && (now >= self.watermark_write_at || self.leaving.is_some());
+        if self.ops.is_empty() && !watermark_due {
+            return None;
+        }
+        let mut forming = Forming { pos: self.head_pos, ts_ms: env.now.wall_ms, ..Forming::default() };
+        let budget = BATCH_OPS_MAX.min(*ops_left);
+        while forming.formed.len() < budget && *bytes_left > 0 {
+            let Some(op) = self.ops.pop_front() else { break };
+            if let Op::Send { send, .. } = &op {
+                *bytes_left = bytes_left.saturating_sub(send.payload.len());
+            }
+            self.form(env, &mut forming, op);
+        }
+        let Forming { deferred, formed, appends, mut puts, heads, .. } = forming;
+        for op in deferred.into_iter().rev() {
+            self.ops.push_front(op);
+        }
+        let mut formed = formed;
+        for (id, head) in heads {
+            let Some(conversation) = self.conversation(&id) else { continue };
+            for (user, seq) in conversation.marks_due(head) {
+                puts.push(Put { key: keys::mark(&id, &user), value: Some(MarkRow { seq }.encode_to_vec().into()) });
+                formed.push(Formed::Implied { conversation: id.clone(), user, seq });
+            }
+        }
+        let watermark = (watermark > self.watermark_written).then_some(watermark);
+        if formed.is_empty() && watermark.is_none() {
+            return None;
+        }
+        *ops_left = ops_left.saturating_sub(formed.len());
+        self.outgoing.watermark_sent = watermark.unwrap_or(0);
+        self.under_way = Some(formed);
+        self.watermark_write_at = now + WATERMARK_INTERVAL;
+        Some(ShardBatch { shard: self.number, epoch: self.epoch, appends, puts, watermark })
+    }
+
+    fn form(&mut self, env: &mut Env, forming: &mut Forming, op: Op) {
+        match op {
+            Op::Send { to, send, key } => {
+                let Some(conversation) = self.conversation(&send.conversation) else {
+                    return env.refuse(to, Refusal::Busy, "the conversation left memory: send again");
+                };
+                let id = conversation.id.clone();
+                if !conversation.is_member(&send.sender) {
+                    return env.refuse(to, Refusal::NotAMember, "not a member of this conversation");
+                }
+                if forming.closed.contains(&id) || !forming.keys.insert((id.clone(), key.clone())) {
+                    // The same key twice: the second waits until the first is stored, and everything behind it too.
+                    forming.closed.insert(id);
+                    return forming.deferred.push_back(Op::Send { to, send, key });
+                }
+                let entry = forming.append(conversation, &send.sender, &send.device, &send.client_id, key.clone(), 0, send.payload.clone());
+                forming.formed.push(Formed::Send { to, send, key, entry });
+            }
+            Op::Mark { to, mark } => {
+                let Some(conversation) = self.conversation(&mark.conversation) else {
+                    return env.refuse(to, Refusal::Busy, "the conversation left memory: send again");
+                };
+                if conversation.visible(&mark.user).is_empty() {
+                    return env.refuse(to, Refusal::NotAMember, "not a member of this conversation");
+                }
+                let known = conversation.mark(&mark.user);
+                let seq = mark.seq.min(conversation.visible_head(&mark.user));
+                if seq <= known {
+                    return env.reply(to, Answer::Marked(Marked { seq: known }));
+                }
+                let value = Some(MarkRow { seq }.encode_to_vec().into());
+                forming.puts.push(Put { key: keys::mark(&conversation.id, &mark.user), value });
+                forming.formed.push(Formed::Mark { to, mark, seq });
+            }
+            Op::Group { to, change } => {
+                let Some(conversation) = self.conversation(&change.conversation) else {
+                    return env.refuse(to, Refusal::Busy, "the conversation left memory: ask again");
+                };
+                let id = conversation.id.clone();
+                // Members are checked against what is committed: a change closes its conversation for the rest of the batch.
+                if !forming.closed.insert(id.clone()) || forming.heads.contains_key(&id) {
+                    return forming.deferred.push_back(Op::Group { to, change });
+                }
+                let steps = match conversation.plan_change(&change) {
+                    Ok(steps) => steps,
+                    Err((code, reason)) => return env.refuse(to, code, reason),
+                };
+                if steps.is_empty() {
+                    let info = group_info(conversation);
+                    return env.reply(to, Answer::Group(info));
+                }
+                if conversation.head == 0 {
+                    let row = GroupRow { created_ms: env.now.wall_ms };
+                    forming.puts.push(Put { key: keys::group(&id), value: Some(row.encode_to_vec().into()) });
+                }
+                let (mut entries, mut members) = (Vec::new(), Vec::new());
+                for (index, GroupStep { payload, members: changed }) in steps.into_iter().enumerate() {
+                    let mut key = BytesMut::from(&[3u8][..]);
+                    key.put_slice(change.key.as_bytes());
+                    key.put_u8(index as u8);
+                    let kind = EntryKind::System as u8;
+                    entries.push(forming.append(conversation, SYSTEM_SENDER, "", "", key.freeze(), kind, payload));
+                    for (user, member) in &changed {
+                        forming.puts.push(Put { key: keys::member(&id, user), value: Some(member.encode()) });
+                    }
+                    members.extend(changed);
+                }
+                forming.formed.push(Formed::Group { to, change, entries, members });
+            }
+            Op::User(write) => {
+                forming.puts.extend(write.puts.iter().cloned());
+                forming.formed.push(Formed::User(write));
+            }
+        }
+    }
+
+    /// The batch is stored.
+    pub(super) fn committed(&mut self, env: &mut Env, at: Duration) {
+        self.confirmed(env, at);
+        let Some(formed) = self.under_way.take() else { return };
+        self.watermark_written = self.watermark_written.max(self.outgoing.watermark_sent);
+        for write in formed {
+            match write {
+                Formed::Send { to, entry, .. } => {
+                    let (seq, ts_ms) = (entry.seq, entry.ts_ms);
+                    env.reply(to, Answer::Stored(Stored { seq, ts_ms }));
+                    self.entry_committed(env, entry);
+                }
+                Formed::Mark { to, mark, seq } => {
+                    if let Some(conversation) = self.conversation_mut(&mark.conversation) {
+                        conversation.mark_written(&mark.user.as_str().into(), seq);
+                    }
+                    env.reply(to, Answer::Marked(Marked { seq }));
+                    self.tell_mark(env, &mark, seq);
+                }
+                Formed::Implied { conversation, user, seq } => {
+                    if let Some(conversation) = self.conversation_mut(&conversation) {
+                        conversation.mark_written(&user, seq);
+                    }
+                }
+                Formed::Group { to, change, entries, members } => {
+                    let now_ms = env.now.wall_ms;
+                    if let Some(conversation) = self.conversation_mut(&change.conversation) {
+                        conversation.apply_members(members, now_ms);
+                    }
+                    for entry in entries {
+                        self.entry_committed(env, entry);
+                    }
+                    if let Some(conversation) = self.conversation(&change.conversation) {
+                        let info = group_info(conversation);
+                        env.reply(to, Answer::Group(info));
+                    }
+                }
+                Formed::User(write) => self.user_written(env, write),
+            }
+        }
+    }
+
+    fn entry_committed(&mut self, env: &mut Env, entry: LogEntry) {
+        env.stats.committed += 1;
+        self.load_count += 1;
+        self.head_pos = entry.pos;
+        if let Some(conversation) = self.conversation_mut(&entry.conversation.clone()) {
+            conversation.committed(entry.clone());
+        }
+        self.notify_committed(env, entry);
+    }
+
+    /// Some keys were stored before: they are answered with what is stored, the rest is numbered anew.
+    pub(super) fn duplicates(&mut self, env: &mut Env, duplicates: Vec<Duplicate>) {
+        let Some(formed) = self.under_way.take() else { return };
+        let mut stored: BTreeMap<usize, LogEntry> = duplicates.into_iter().map(|duplicate| (duplicate.index, duplicate.stored)).collect();
+        env.stats.duplicates += stored.len() as u64;
+        let mut index = 0;
+        let mut again = Vec::new();
+        for write in formed {
+            let entries = write.entries().len();
+            let hit = (index..index + entries).find_map(|index| stored.remove(&index));
+            index += entries;
+            match (write, hit) {
+                (Formed::Send { to, send, .. }, Some(stored)) => {
+                    if stored.payload == send.payload {
+                        env.reply(to, Answer::Stored(Stored { seq: stored.seq, ts_ms: stored.ts_ms }));
+                    } else {
+                        env.refuse(to, Refusal::IdReused, "this id was used for another message");
+                    }
+                }
+                (Formed::Group { to, change, .. }, Some(_)) => {
+                    if let Some(conversation) = self.conversation(&change.conversation) {
+                        let info = group_info(conversation);
+                        env.reply(to, Answer::Group(info));
+                    }
+                }
+                (write, _) => again.extend(reopen(write)),
+            }
+        }
+        for op in again.into_iter().rev() {
+            self.ops.push_front(op);
+        }
+    }
+
+    /// The store certainly wrote nothing: clients are told; what nobody can be refused is tried again.
+    pub(super) fn refused(&mut self, env: &mut Env, reason: &str) {
+        self.write_again_at = env.now.mono + RETRY_PAUSE;
+        let Some(formed) = self.under_way.take() else { return };
+        let mut again = Vec::new();
+        for write in formed {
+            match write {
+                Formed::Send { to, .. } | Formed::Mark { to, .. } | Formed::Group { to, .. } => {
+                    env.refuse(to, Refusal::StoreUnavailable, reason);
+                }
+                Formed::Implied { .. } => {}
+                Formed::User(write) => again.extend(self.user_write_refused(env, write, reason).map(Op::User)),
+            }
+        }
+        for op in again.into_iter().rev() {
+            self.ops.push_front(op);
+        }
+    }
+
+    /// Tells the reader's other devices, and in a 1:1 the peer, of a read mark. A hint: heads carry marks too.
+    fn tell_mark(&mut self, env: &mut Env, mark: &MarkRead, seq: u64) {
+        let Some(conversation) = self.conversation(&mark.conversation) else { return };
+        let peer = conversation.peer_of(&mark.user).filter(|peer| ***peer != *mark.user).map(ToString::to_string);
+        for user in peer.into_iter().chain([mark.user.clone()]) {
+            let shard = shard_of(&user, env.shards);
+            let state = ReadState { user, conversation: mark.conversation.clone(), reader: mark.user.clone(), seq };
+            let notify = Notify { read_states: vec![state], ..Notify::default() };
+            let body = Body { body: Some(body::Body::Notify(notify)) };
+            // Full queues drop a hint.
+            let _ = env.router.request(shard, 0, &body, PeerToken::Hint);
+        }
+    }
+
+    // ---- now and then ---------------------------------------------------------------------------------------------------
+
+    pub(super) fn tick(&mut self, env: &mut Env) {
+        self.retry_notifications(env);
+        self.tick_users(env);
+    }
+
+    /// Messages and notifications per second, averaged over some 10 s; `passed` since the last call, in seconds.
+    pub(super) fn load_average(&mut self, passed: f64) -> f64 {
+        let rate = std::mem::take(&mut self.load_count) as f64 / passed;
+        let weight = 1.0 - (-passed / 10.0).exp();
+        self.load += (rate - self.load) * weight;
+        self.load
+    }
+
+    pub(super) fn watermark_lag(&self, now: Duration) -> Duration {
+        self.outgoing.lag(self.head_pos, now)
+    }
+
+    /// Forgets what was not used for a while, if more than `max` are held.
+    pub(super) fn sweep(&mut self, now: Duration, max: usize) {
+        if !self.nothing_open() {
+            return;
+        }
+        if self.conversations.len() > max {
+            self.conversations.retain(|_, cached| !matches!(cached, Cached::Ready { used_at, .. } if *used_at + IDLE_MAX < now));
+        }
+        self.sweep_users(now, max);
+    }
+}
+
+/// A batch being put together.
+#[derive(Default)]
+struct Forming {
+    pos: u64,
+    ts_ms: i64,
+    heads: BTreeMap<Arc<str>, u64>,
+    /// Conversations that take nothing more into this batch.
+    closed: BTreeSet<Arc<str>>,
+    keys: HashSet<(Arc<str>, Bytes), foldhash::fast::FixedState>,
+    formed: Vec<Formed>,
+    deferred: VecDeque<Op>,
+    appends: Vec<LogEntry>,
+    puts: Vec<Put>,
+}
+
+impl Forming {
+    #[allow(clippy::too_many_arguments)] // the fields of one log entry
+    fn append(
+        &mut self,
+        conversation: &Conversation,
+        sender: &str,
+        device: &str,
+        client_id: &str,
+        key: Bytes,
+        kind: u8,
+        payload: Bytes,
+    ) -> LogEntry {
+        let head = self.heads.entry(conversation.id.clone()).or_insert(conversation.head);
+        *head += 1;
+        self.pos += 1;
+        let entry = LogEntry {
+            conversation: conversation.id.clone(),
+            seq: *head,
+            pos: self.pos,
+            key,
+            sender: sender.into(),
+            device: device.into(),
+            kind,
+            client_id: client_id.into(),
+            ts_ms: self.ts_ms.max(conversation.head_ts_ms),
+            payload,
+        };
+        self.appends.push(entry.clone());
+        entry
+    }
+}
+
+/// A write that goes into the next batch again.
+fn reopen(write: Formed) -> Option<Op> {
+    match write {
+        Formed::Send { to, send, key, .. } => Some(Op::Send { to, send, key }),
+        Formed::Mark { to, mark, .. } => Some(Op::Mark { to, mark }),
+        Formed::Group { to, change, .. } => Some(Op::Group { to, change }),
+        Formed::Implied { .. } => None,
+        Formed::User(write) => Some(Op::User(write)),
+    }
+}
+
+/// What makes a resend of this message a duplicate.
+fn dedup_key(send: &Send) -> Bytes {
+    let mut key = BytesMut::new();
+    if send.client_id.is_empty() {
+        key.put_u8(2);
+        key.put_slice(&send.key);
+    } else {
+        key.put_u8(1);
+        for part in [&send.sender, &send.device] {
+            key.put_slice(part.as_bytes());
+            key.put_u8(0);
+        }
+        key.put_slice(send.client_id.as_bytes());
+    }
+    key.freeze()
+}
+
+/// An entry as clients of a link see it.
+pub(super) fn entry_of(entry: &LogEntry) -> Entry {
+    Entry {
+        seq: entry.seq,
+        ts_ms: entry.ts_ms,
+        sender: entry.sender.to_string(),
+        device: entry.device.to_string(),
+        client_id: entry.client_id.to_string(),
+        kind: i32::from(entry.kind),
+        payload: entry.payload.clone(),
+    }
+}
+
+fn group_info(conversation: &Conversation) -> GroupInfo {
+    let mut info = GroupInfo { conversation: conversation.id.to_string(), head: conversation.head, ..GroupInfo::default() };
+    if let Members::Group(Some(group)) = &conversation.members {
+        info.created_ms = group.created_ms;
+        let current = group.members.iter().filter(|(_, member)| member.is_in());
+        info.members = current
+            .map(|(user, member)| GroupMember {
+                user: user.to_string(),
+                role: member.role.into(),
+                from_seq: member.intervals.last().map_or(0, |interval| interval.from),
+            })
+            .collect();
+    }
+    info
+}
+
+/// What no client of a link may ask: ids that are none, keys of another shard, too much at once.
+fn check(body: &body::Body, shard: u32, env: &Env) -> Result<(), String> {
+    let conversation = |id: &str| match Parsed::parse(id) {
+        Err(error) => Err(error.to_string()),
+        Ok(_) if shard_of(id, env.shards) != shard => Err(format!("{id} is not of shard {shard}")),
+        Ok(_) => Ok(()),
+    };
+    let name = |id: &str| if is_name(id) { Ok(()) } else { Err(format!("{id:?} is not an id")) };
+    let user = |id: &str| match name(id) {
+        Ok(()) if shard_of(id, env.shards) != shard => Err(format!("{id} is not of shard {shard}")),
+        other => other,
+    };
+    match body {
+        body::Body::Send(send) => conversation(&send.conversation).and_then(|()| name(&send.sender)).and_then(|()| {
+            let has_key = !send.client_id.is_empty() || !send.key.is_empty();
+            if has_key && send.client_id.len() <= 64 { Ok(()) } else { Err("a message needs an id of at most 64 bytes, or a key".into()) }
+        }),
+        body::Body::MarkRead(mark) => conversation(&mark.conversation),
+        body::Body::Heads(heads) => heads.conversations.iter().try_for_each(|id| conversation(id)),
+        body::Body::Fetch(fetch) => conversation(&fetch.conversation),
+        body::Body::GroupGet(get) => conversation(&get.conversation),
+        body::Body::GroupChange(change) => {
+            if change.add.len() + change.remove.len() + change.roles.len() > CHANGE_USERS_MAX {
+                return Err(format!("at most {CHANGE_USERS_MAX} users at a time"));
+            }
+            let users = change.add.iter().chain(&change.remove).chain(change.roles.iter().map(|role| &role.user));
+            conversation(&change.conversation).and_then(|()| users.map(String::as_str).try_for_each(name))
+        }
+        body::Body::RoomJoin(_) | body::Body::RoomLeave(_) | body::Body::RoomPublish(_) | body::Body::Announced(_) => Ok(()),
+        body::Body::Register(register) => user(&register.user).and_then(|()| name(&register.device)),
+        body::Body::Close(close) => user(&close.user).and_then(|()| name(&close.device)),
+        body::Body::Subscribe(subscribe) => user(&subscribe.user).and_then(|()| name(&subscribe.device)),
+        body::Body::Cursors(cursors) => user(&cursors.user).and_then(|()| name(&cursors.device)),
+        body::Body::Conversations(list) => user(&list.user),
+        body::Body::Presence(presence) => user(&presence.user),
+        body::Body::Kick(kick) => user(&kick.user),
+        body::Body::Notify(notify) => {
+            let told = notify.recipients.iter().map(|recipient| &recipient.user);
+            told.chain(notify.read_states.iter().map(|state| &state.user)).try_for_each(|id| user(id))
+        }
+    }
+}

@@ -1,0 +1,589 @@
+//! What a business member does, without I/O: events in ([`Input`]), what is to be done out ([`Output`]), time as a parameter.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`ownership`] | acquiring, confirming, releasing and losing shards |
+//! | [`log`] | an owned shard's open batch, its commits, and what clients ask of conversations |
+//! | [`conversation`] | one conversation: head, members, marks |
+//! | [`notify`] | telling the owners of recipients what was committed, until they have it |
+//! | [`users`] | one user: sessions, index, cursors; and being told |
+//! | [`calls`] | what is asked of the store |
+//!
+//! One core per process, driven by one task: an owner needs no locks, and a seeded loop can drive many cores through faults.
+
+pub mod calls;
+pub mod conversation;
+mod log;
+mod notify;
+mod ownership;
+mod users;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use im_proto::control::{Command, Hello, Report, report};
+use im_proto::ids::MemberId;
+use im_proto::link::reply::Outcome;
+use im_proto::link::{
+    Body, ClientFrame, Done, Moved, Owned, Push, Refusal, Refused, Reply, Request, Role, ServerFrame, body, client_frame, push,
+    server_frame,
+};
+use im_proto::router::{self, Router};
+use prost::Message;
+
+use crate::store::StoreError;
+use calls::{StoreAnswer, StoreCall};
+use log::OwnedShard;
+use notify::PeerToken;
+use ownership::Slot;
+
+/// Hash maps whose order is the same in each run: a seed replays.
+pub type Map<K, V> = std::collections::HashMap<K, V, foldhash::fast::FixedState>;
+
+/// What may be held at once. Every bound refuses for now, or makes the sender wait.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Writes that wait in one shard.
+    pub shard_ops_max: usize,
+    /// Requests that wait for a load, in all.
+    pub parked_max: usize,
+    /// Log entries of one shard that are being notified; the rest is read from the log later.
+    pub notify_window: usize,
+    /// Commits under way at once. Two: while one is made durable the next one fills.
+    pub commits_max: usize,
+    /// Rows and bytes of one commit.
+    pub commit_ops_max: usize,
+    /// Payload bytes of one commit.
+    pub commit_bytes_max: usize,
+    /// Conversations and users kept in memory, each.
+    pub cached_max: usize,
+    /// A message's payload, bytes.
+    pub payload_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            shard_ops_max: 8_192,
+            parked_max: 100_000,
+            notify_window: 2_048,
+            commits_max: 2,
+            commit_ops_max: 4_096,
+            commit_bytes_max: 4 << 20,
+            cached_max: 200_000,
+            payload_max: 256 << 10,
+        }
+    }
+}
+
+/// The time of an input.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Now {
+    /// Monotonic, since some start.
+    pub mono: Duration,
+    /// The wall clock, milliseconds since the Unix epoch.
+    pub wall_ms: i64,
+}
+
+/// An incoming link. 0 is this member itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LinkId(pub u64);
+
+/// This member's link to itself.
+pub const LOCAL: LinkId = LinkId(0);
+
+/// What happens to a core.
+#[derive(Debug)]
+#[allow(missing_docs)] // fields say what they are
+pub enum Input {
+    /// A gateway or another member opened a link.
+    LinkOpened { link: LinkId, peer: MemberId, role: Role },
+    /// It ended.
+    LinkClosed { link: LinkId },
+    /// Frames came over it; Hello has been taken off.
+    Frames { link: LinkId, frames: Vec<ClientFrame> },
+    /// The store answered.
+    Answered { call: u64, answer: Result<StoreAnswer, StoreError> },
+    /// A stream to the control service opens: what its Hello says but for this member's state.
+    ControlUp(Hello),
+    /// The control service commands.
+    Command(Command),
+    /// Our link to another business member is up.
+    PeerUp(MemberId),
+    /// It broke.
+    PeerDown(MemberId),
+    /// Frames came over it.
+    PeerFrames { peer: MemberId, frames: Vec<ServerFrame> },
+    /// Time passed; at least every 100 ms.
+    Tick,
+}
+
+/// What a core wants done, in this order.
+#[derive(Debug)]
+#[allow(missing_docs)] // fields say what they are
+pub enum Output {
+    /// Put a frame on an incoming link.
+    Frame { link: LinkId, frame: ServerFrame },
+    /// Ask the store; answer with the same number.
+    Call { call: u64, request: StoreCall },
+    /// Tell the control service.
+    Report(Report),
+    /// Put a frame on our link to another member.
+    Peer { to: MemberId, frame: ClientFrame },
+    /// The business members to keep links to.
+    Members(Vec<(MemberId, String)>),
+    /// An incoming link is of no use any more.
+    CloseLink(LinkId),
+}
+
+/// Counters, since the process started.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Stats {
+    /// Messages taken from links.
+    pub accepted: u64,
+    /// Log entries stored.
+    pub committed: u64,
+    /// Messages that were stored before.
+    pub duplicates: u64,
+    /// Log entries whose recipients all have them.
+    pub notified: u64,
+    /// Requests refused.
+    pub refused: u64,
+    /// Pushes to gateways.
+    pub pushed: u64,
+    /// Shards acquired.
+    pub acquired: u64,
+    /// Shards lost to a higher epoch.
+    pub fenced: u64,
+    /// Commits whose outcome was not learnt.
+    pub unknown_outcomes: u64,
+    /// Commits and the batches (shards) in them.
+    pub commits: u64,
+    /// See `commits`.
+    pub batches: u64,
+    /// Holes found in a log: any is a loss.
+    pub holes: u64,
+    /// Frames that could not be understood.
+    pub malformed: u64,
+}
+
+/// Where an answer goes.
+#[derive(Debug, Clone, Copy)]
+struct ReplyTo {
+    link: LinkId,
+    id: u64,
+    epoch: u64,
+}
+
+/// A request taken apart.
+#[derive(Debug)]
+struct Ask {
+    to: ReplyTo,
+    shard: u32,
+    body: body::Body,
+}
+
+/// A gateway as known through its link; outlives a break of it for a while.
+#[derive(Debug, Default)]
+struct Gateway {
+    link: Option<LinkId>,
+    /// When its sessions count as gone, while it has no link.
+    gone_at: Option<Duration>,
+    next_push: u64,
+    /// Pushed and not taken yet.
+    outstanding: VecDeque<(u64, JobKey)>,
+    /// Pushed over a link that broke: done when the gateway has announced that shard's sessions again (they compare heads then), or is gone.
+    orphaned: Vec<JobKey>,
+}
+
+/// Something that waits for gateways: see `users`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct JobKey {
+    shard: u32,
+    epoch: u64,
+    job: u64,
+}
+
+/// What a call to the store was for.
+#[derive(Debug)]
+enum Context {
+    Shards,
+    Acquire(Vec<crate::store::Claim>),
+    Release { shard: u32, epoch: u64 },
+    Check { shards: Vec<(u32, u64)>, at: Duration },
+    Commit { shards: Vec<(u32, u64)>, at: Duration },
+    LoadConversation { shard: u32, epoch: u64, conversation: Arc<str> },
+    LoadUser { shard: u32, epoch: u64, user: Arc<str> },
+    Range { shard: u32, epoch: u64, fetch: log::PendingFetch },
+    Since { shard: u32, epoch: u64 },
+}
+
+enum Loop {
+    Request(Request),
+    Reply(Reply),
+}
+
+/// All of a core but its shards: what a shard needs to act.
+struct Env {
+    me: MemberId,
+    limits: Limits,
+    now: Now,
+    shards: u32,
+    map_gateways: BTreeSet<MemberId>,
+    links: BTreeMap<LinkId, MemberId>,
+    gateways: BTreeMap<MemberId, Gateway>,
+    router: Router<PeerToken>,
+    calls: BTreeMap<u64, Context>,
+    next_call: u64,
+    next_job: u64,
+    parked: usize,
+    /// Jobs that a shard other than the one at work has finished waiting for.
+    settled: Vec<JobKey>,
+    loopback: VecDeque<Loop>,
+    outputs: Vec<Output>,
+    stats: Stats,
+}
+
+impl Env {
+    fn call(&mut self, request: StoreCall, context: Context) {
+        let call = self.next_call;
+        self.next_call += 1;
+        self.calls.insert(call, context);
+        self.outputs.push(Output::Call { call, request });
+    }
+
+    fn reply(&mut self, to: ReplyTo, outcome: Outcome) {
+        let reply = Reply { id: to.id, epoch: to.epoch, outcome: Some(outcome) };
+        if to.link == LOCAL {
+            self.loopback.push_back(Loop::Reply(reply));
+        } else {
+            self.frame(to.link, server_frame::Frame::Reply(reply));
+        }
+    }
+
+    fn done(&mut self, to: ReplyTo) {
+        self.reply(to, Outcome::Done(Done {}));
+    }
+
+    fn refuse(&mut self, to: ReplyTo, code: Refusal, reason: impl Into<String>) {
+        self.stats.refused += 1;
+        self.reply(to, Outcome::Refused(Refused { code: code.into(), reason: reason.into() }));
+    }
+
+    fn frame(&mut self, link: LinkId, frame: server_frame::Frame) {
+        if self.links.contains_key(&link) {
+            self.outputs.push(Output::Frame { link, frame: ServerFrame { frame: Some(frame) } });
+        }
+    }
+
+    fn broadcast(&mut self, frame: server_frame::Frame) {
+        for link in self.links.keys().copied().collect::<Vec<_>>() {
+            self.frame(link, frame.clone());
+        }
+    }
+
+    /// Pushes to a gateway. With a job, the job waits until the gateway took it; `false` if there is no such gateway.
+    fn push(&mut self, gateway: &MemberId, push: push::Push, job: Option<JobKey>) -> bool {
+        let Some(known) = self.gateways.get_mut(gateway) else { return false };
+        self.stats.pushed += 1;
+        match known.link {
+            None => known.orphaned.extend(job),
+            Some(link) => {
+                known.next_push += 1;
+                let id = known.next_push;
+                known.outstanding.extend(job.map(|job| (id, job)));
+                self.frame(link, server_frame::Frame::Push(Push { id, push: Some(push) }));
+            }
+        }
+        true
+    }
+
+    fn report(&mut self, report: report::Report) {
+        self.outputs.push(Output::Report(Report { report: Some(report) }));
+    }
+}
+
+/// A business member without I/O.
+pub struct Core {
+    env: Env,
+    slots: BTreeMap<u32, Slot>,
+    term: u64,
+    number: u64,
+    next: Schedule,
+}
+
+/// When what is done now and then is due.
+#[derive(Debug, Default)]
+struct Schedule {
+    check: Duration,
+    heartbeat: Duration,
+    sweep: Duration,
+    /// A check is under way.
+    checking: bool,
+    last_answer: Duration,
+    last_load: Duration,
+}
+
+impl Core {
+    /// A member that owns nothing yet. Asks the store at once which shards an earlier boot of its name held.
+    pub fn new(me: MemberId, limits: Limits, now: Now) -> Self {
+        let env = Env {
+            me,
+            limits,
+            now,
+            shards: 0,
+            map_gateways: BTreeSet::new(),
+            links: BTreeMap::new(),
+            gateways: BTreeMap::new(),
+            router: Router::new(0, router::Limits::default()),
+            calls: BTreeMap::new(),
+            next_call: 1,
+            next_job: 1,
+            parked: 0,
+            settled: Vec::new(),
+            loopback: VecDeque::new(),
+            outputs: Vec::new(),
+            stats: Stats::default(),
+        };
+        let mut core = Self { env, slots: BTreeMap::new(), term: 0, number: 0, next: Schedule::default() };
+        core.env.call(StoreCall::Shards, Context::Shards);
+        core
+    }
+
+    /// Who this is.
+    pub fn me(&self) -> &MemberId {
+        &self.env.me
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> Stats {
+        self.env.stats
+    }
+
+    /// The shards held and their epochs.
+    pub fn held(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.slots.iter().filter_map(|(shard, slot)| match slot {
+            Slot::Owned(owned) => Some((*shard, owned.epoch)),
+            _ => None,
+        })
+    }
+
+    /// What there is to do since the last call.
+    pub fn take_outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.env.outputs)
+    }
+
+    /// Something happened.
+    pub fn handle(&mut self, now: Now, input: Input) {
+        self.env.now = now;
+        match input {
+            Input::LinkOpened { link, peer, role } => self.link_opened(link, peer, role),
+            Input::LinkClosed { link } => self.link_closed(link),
+            Input::Frames { link, frames } => {
+                for frame in frames {
+                    self.client_frame(link, frame);
+                }
+            }
+            Input::Answered { call, answer } => self.answered(call, answer),
+            Input::ControlUp(hello) => {
+                let hello = self.hello(hello);
+                self.env.report(report::Report::Hello(hello));
+            }
+            Input::Command(command) => self.command(command),
+            Input::PeerUp(peer) => self.env.router.link_up(&peer),
+            Input::PeerDown(peer) => self.env.router.link_down(&peer),
+            Input::PeerFrames { peer, frames } => {
+                for frame in frames {
+                    match frame.frame {
+                        Some(server_frame::Frame::Owned(owned)) => self.env.router.owned(&peer, &owned),
+                        Some(server_frame::Frame::Moved(moved)) => self.env.router.moved(&moved),
+                        Some(server_frame::Frame::Reply(reply)) => self.env.router.reply(reply),
+                        _ => {}
+                    }
+                }
+            }
+            Input::Tick => self.tick(),
+        }
+        self.settle();
+        self.commit_what_waits();
+    }
+
+    /// Carries what members ask of themselves round until nothing is left.
+    fn settle(&mut self) {
+        loop {
+            for output in self.env.router.take_outputs() {
+                match output {
+                    router::Output::Send(to, request) if to == self.env.me => self.env.loopback.push_back(Loop::Request(request)),
+                    router::Output::Send(to, request) => {
+                        let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request)) };
+                        self.env.outputs.push(Output::Peer { to, frame });
+                    }
+                    router::Output::Done(token, outcome) => self.peer_answered(token, Some(outcome)),
+                    router::Output::Lost(token) => self.peer_answered(token, None),
+                    router::Output::Ready { .. } => {}
+                }
+            }
+            for key in std::mem::take(&mut self.env.settled) {
+                if let Some(owned) = owned_at(&mut self.slots, key.shard, key.epoch) {
+                    owned.job_step(&mut self.env, key.job);
+                }
+            }
+            match self.env.loopback.pop_front() {
+                Some(Loop::Request(request)) => self.request(LOCAL, request),
+                Some(Loop::Reply(reply)) => self.env.router.reply(reply),
+                None if self.env.settled.is_empty() => return,
+                None => {}
+            }
+        }
+    }
+
+    fn link_opened(&mut self, link: LinkId, peer: MemberId, role: Role) {
+        self.env.links.insert(link, peer.clone());
+        let owned = self.held().map(|(shard, epoch)| im_proto::link::OwnedShard { shard, epoch }).collect();
+        self.env.frame(link, server_frame::Frame::Owned(Owned { shards: owned }));
+        if role == Role::Gateway {
+            let gateway = self.env.gateways.entry(peer).or_default();
+            if let Some(old) = gateway.link.replace(link) {
+                self.env.outputs.push(Output::CloseLink(old));
+                self.env.links.remove(&old);
+            }
+            gateway.gone_at = None;
+            let outstanding = std::mem::take(&mut gateway.outstanding);
+            gateway.orphaned.extend(outstanding.into_iter().map(|(_, job)| job));
+        }
+    }
+
+    fn link_closed(&mut self, link: LinkId) {
+        let Some(peer) = self.env.links.remove(&link) else { return };
+        if let Some(gateway) = self.env.gateways.get_mut(&peer)
+            && gateway.link == Some(link)
+        {
+            gateway.link = None;
+            gateway.gone_at = Some(self.env.now.mono + users::GATEWAY_GRACE);
+            let outstanding = std::mem::take(&mut gateway.outstanding);
+            gateway.orphaned.extend(outstanding.into_iter().map(|(_, job)| job));
+        }
+        for slot in self.slots.values_mut() {
+            if let Slot::Owned(owned) = slot {
+                owned.leave_rooms(link);
+            }
+        }
+    }
+
+    fn client_frame(&mut self, link: LinkId, frame: ClientFrame) {
+        match frame.frame {
+            Some(client_frame::Frame::Request(request)) => self.request(link, request),
+            Some(client_frame::Frame::Took(through)) => {
+                let Some(gateway) = self.env.links.get(&link).and_then(|peer| self.env.gateways.get_mut(peer)) else { return };
+                while let Some((id, job)) = gateway.outstanding.front()
+                    && *id <= through
+                {
+                    self.env.settled.push(*job);
+                    gateway.outstanding.pop_front();
+                }
+            }
+            Some(client_frame::Frame::Ping(number)) => self.env.frame(link, server_frame::Frame::Pong(number)),
+            Some(client_frame::Frame::Hello(_)) | None => self.env.stats.malformed += 1,
+        }
+    }
+
+    fn request(&mut self, link: LinkId, request: Request) {
+        let to = ReplyTo { link, id: request.id, epoch: request.epoch };
+        let moved = |ended, destination: &str| Outcome::Moved(Moved { shard: request.shard, ended, to: destination.to_owned() });
+        match self.slots.get_mut(&request.shard) {
+            Some(Slot::Owned(owned)) if owned.epoch == request.epoch && owned.leaving.is_none() => {
+                let Ok(Body { body: Some(body) }) = Body::decode(request.body) else {
+                    self.env.stats.malformed += 1;
+                    return self.env.refuse(to, Refusal::Invalid, "the request can't be decoded");
+                };
+                owned.ask(&mut self.env, Ask { to, shard: request.shard, body });
+            }
+            Some(Slot::Owned(owned)) => {
+                let destination = owned.leaving.as_ref().map_or("", |leaving| leaving.to.as_str());
+                let outcome = moved(request.epoch, destination);
+                self.env.reply(to, outcome);
+            }
+            // What was asked of an owner that does not know what it stored is sent again once it does; while the store is away for long,
+            // new requests are refused.
+            Some(Slot::Acquiring(acquiring)) if acquiring.recovering == Some(request.epoch) => {
+                if self.env.now.mono > acquiring.since + ownership::RECOVERY_SILENCE {
+                    self.env.refuse(to, Refusal::StoreUnavailable, "the store does not answer");
+                }
+            }
+            _ => {
+                let outcome = moved(request.epoch, "");
+                self.env.reply(to, outcome);
+            }
+        }
+    }
+
+    /// Forms one commit of all shards that have something to write and nothing under way.
+    fn commit_what_waits(&mut self) {
+        let commits = self.env.calls.values().filter(|context| matches!(context, Context::Commit { .. })).count();
+        for _ in commits..self.env.limits.commits_max {
+            let (mut batches, mut shards) = (Vec::new(), Vec::new());
+            let (mut ops, mut bytes) = (self.env.limits.commit_ops_max, self.env.limits.commit_bytes_max);
+            for (shard, slot) in &mut self.slots {
+                let Slot::Owned(owned) = slot else { continue };
+                if ops == 0 || bytes == 0 {
+                    break;
+                }
+                if let Some(batch) = owned.form_batch(&mut self.env, &mut ops, &mut bytes) {
+                    shards.push((*shard, owned.epoch));
+                    batches.push(batch);
+                }
+            }
+            self.settle();
+            if batches.is_empty() {
+                return;
+            }
+            self.env.stats.commits += 1;
+            self.env.stats.batches += batches.len() as u64;
+            let at = self.env.now.mono;
+            self.env.call(StoreCall::Commit(batches), Context::Commit { shards, at });
+        }
+    }
+
+    fn answered(&mut self, call: u64, answer: Result<StoreAnswer, StoreError>) {
+        let Some(context) = self.env.calls.remove(&call) else { return };
+        if answer.is_ok() {
+            self.next.last_answer = self.env.now.mono;
+        }
+        match (context, answer) {
+            (Context::Shards, answer) => self.shards_read(answer),
+            (Context::Acquire(claims), answer) => self.acquire_answered(claims, answer),
+            (Context::Release { shard, epoch }, answer) => self.release_answered(shard, epoch, answer),
+            (Context::Check { shards, at }, answer) => self.check_answered(shards, at, answer),
+            (Context::Commit { shards, at }, answer) => self.commit_answered(shards, at, answer),
+            (Context::LoadConversation { shard, epoch, conversation }, answer) => {
+                if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
+                    owned.conversation_loaded(&mut self.env, conversation, answer);
+                }
+            }
+            (Context::LoadUser { shard, epoch, user }, answer) => {
+                if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
+                    owned.user_loaded(&mut self.env, user, answer);
+                }
+            }
+            (Context::Range { shard, epoch, fetch }, answer) => {
+                if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
+                    owned.range_read(&mut self.env, fetch, answer);
+                }
+            }
+            (Context::Since { shard, epoch }, answer) => {
+                if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
+                    owned.backlog_read(&mut self.env, answer);
+                }
+            }
+        }
+    }
+}
+
+/// The shard, if it is owned in that very epoch.
+fn owned_at(slots: &mut BTreeMap<u32, Slot>, shard: u32, epoch: u64) -> Option<&mut OwnedShard> {
+    match slots.get_mut(&shard) {
+        Some(Slot::Owned(owned)) if owned.epoch == epoch => Some(owned),
+        _ => None,
+    }
+}

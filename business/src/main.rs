@@ -1,0 +1,91 @@
+//! `im-business serve`: an owner of shards. `im-business store`: the store member.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+use im_business::config::{self, ServeConfig, StoreConfig};
+use im_business::serve::serve;
+use im_business::store::{Store, server, sqlite::Sqlite};
+use tokio::signal::unix::{SignalKind, signal};
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// Owners of shards, and the store member.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Own shards: order, store and announce messages.
+    Serve {
+        /// The configuration, JSON.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Keep the messages of a cluster in one SQLite file and serve its business members.
+    Store {
+        /// The configuration, JSON.
+        #[arg(long)]
+        config: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let arguments = Arguments::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let outcome = runtime.map_err(|error| error.to_string()).and_then(|runtime| {
+        runtime.block_on(async {
+            match arguments.command {
+                Command::Serve { config } => {
+                    let config: ServeConfig = config::read(&config).map_err(|error| error.to_string())?;
+                    serve(config, terminated()).await.map_err(|error| error.to_string())
+                }
+                Command::Store { config } => {
+                    let config: StoreConfig = config::read(&config).map_err(|error| error.to_string())?;
+                    serve_store(config).await
+                }
+            }
+        })
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve_store(config: StoreConfig) -> Result<(), String> {
+    let folder = &config.data_dir;
+    std::fs::create_dir_all(folder).map_err(|error| format!("cannot create {}: {error}; give a writable dataDir", folder.display()))?;
+    let store: Arc<dyn Store> = Arc::new(Sqlite::open(&folder.join("messages.sqlite")).map_err(|error| error.to_string())?);
+    let address: SocketAddr = config.listen;
+    let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| format!("cannot listen on {address}: {error}"))?;
+    tracing::info!(name = config.name, %address, "store member starts");
+    tokio::select! {
+        ended = server::serve(listener, store, config.token) => ended.map_err(|error| error.to_string()),
+        () = terminated() => Ok(()),
+    }
+}
+
+/// SIGTERM or SIGINT.
+async fn terminated() {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+}

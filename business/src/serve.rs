@@ -1,0 +1,403 @@
+//! The thin async shell of a business member: one task drives the core; links, the store, control and the admin port feed it.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use futures::{FutureExt, Stream, StreamExt};
+use im_proto::control::control_client::ControlClient;
+use im_proto::control::{Hello, Report, Role as ControlRole, command, report};
+use im_proto::ids::{IdError, MemberId};
+use im_proto::link::link_server::{Link, LinkServer};
+use im_proto::link::{ClientFrame, ClientFrames, Role, ServerFrame, ServerFrames, client_frame};
+use im_proto::links::{LINK_SILENCE_MAX, LinkEvent, LinkPool, MESSAGE_BYTES_MAX, Outbox};
+use parking_lot::Mutex;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::config::ServeConfig;
+use crate::core::calls::{StoreCall, execute};
+use crate::core::{Core, Input, Limits, LinkId, Now, Output};
+use crate::fail_points::{FailPoint, FailPoints};
+use crate::metrics::{CpuAverage, Metrics};
+use crate::store::{self, OpenError, Store, StoreSpec};
+
+/// Inputs that wait for the core; beyond, links are not read.
+const INPUTS_MAX: usize = 1_024;
+/// Inputs handled before their outputs are carried out.
+const INPUTS_AT_ONCE: usize = 128;
+/// Reads of the store under way at once.
+const READS_MAX: usize = 64;
+/// Frames that wait for one link; beyond, it is closed and dialled anew.
+const LINK_FRAMES_MAX: usize = 1 << 18;
+/// How often the core learns that time passed.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Why a business member can't run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The name is no id.
+    #[error(transparent)]
+    Name(#[from] IdError),
+    /// The store can't be used.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// An address can't be listened on.
+    #[error("cannot listen on {address}: {source}; is another process there?")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The link server ended.
+    #[error("the link server ended: {0}")]
+    Links(#[from] tonic::transport::Error),
+    /// The core's task ended.
+    #[error("the core ended, see the log above")]
+    CoreEnded,
+}
+
+/// Runs a member until it fails or `stop` comes.
+///
+/// # Errors
+/// See [`ServeError`].
+pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), ServeError> {
+    let me = MemberId::new(&config.name, rand::random())?;
+    let spec: StoreSpec = config.store.parse()?;
+    let store = store::open(&spec.with_token(config.store_token.clone()), &me).await?;
+    let links = listen(config.link.address).await?;
+    let admin = listen(config.admin.address).await?;
+    let address = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
+    let hello = Hello {
+        role: ControlRole::Business.into(),
+        pid: std::process::id(),
+        link_address: address(&links),
+        http_address: address(&admin),
+        ..Hello::default()
+    };
+    tracing::info!(%me, link = hello.link_address, admin = hello.http_address, "business member starts");
+
+    let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
+    let shell = Arc::new(Shell {
+        me: me.clone(),
+        inputs,
+        links: Mutex::new(HashMap::new()),
+        next_link: AtomicU64::new(1),
+        control: Mutex::new(ControlStream::default()),
+        reads: Arc::new(Semaphore::new(READS_MAX)),
+        metrics: Metrics::default(),
+        fail_points: FailPoints::default(),
+        token: config.link_token.clone(),
+    });
+    let limits = Limits { payload_max: config.payload_max.unwrap_or(Limits::default().payload_max), ..Limits::default() };
+    let core = tokio::spawn(run_core(shell.clone(), store, inbox, limits));
+    tokio::spawn(keep_control(shell.clone(), config.control.clone(), hello));
+    tokio::spawn(serve_admin(shell.clone(), admin, config.fail_points));
+    let service = LinkServer::new(LinkService(shell.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let server = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .initial_stream_window_size(4 << 20)
+        .initial_connection_window_size(8 << 20)
+        .add_service(service.max_encoding_message_size(MESSAGE_BYTES_MAX))
+        .serve_with_incoming(TcpListenerStream::new(links));
+    tokio::select! {
+        ended = server => Ok(ended?),
+        _ = core => Err(ServeError::CoreEnded),
+        () = stop => Ok(()),
+    }
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })
+}
+
+/// What the tasks of a member share.
+struct Shell {
+    me: MemberId,
+    inputs: mpsc::Sender<Input>,
+    links: Mutex<HashMap<LinkId, Arc<Outbox<ServerFrame>>>>,
+    next_link: AtomicU64,
+    control: Mutex<ControlStream>,
+    reads: Arc<Semaphore>,
+    metrics: Metrics,
+    fail_points: FailPoints,
+    token: Option<String>,
+}
+
+/// The stream to control: reports go out only behind its Hello.
+#[derive(Default)]
+struct ControlStream {
+    opening: Option<Arc<Outbox<Report>>>,
+    open: Option<Arc<Outbox<Report>>>,
+}
+
+// ---- the core's task ------------------------------------------------------------------------------------------------------
+
+async fn run_core(shell: Arc<Shell>, store: Arc<dyn Store>, mut inbox: mpsc::Receiver<Input>, limits: Limits) {
+    let started = Instant::now();
+    let now = || Now {
+        mono: started.elapsed(),
+        wall_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64),
+    };
+    let peers = peer_pool(&shell);
+    let mut core = Core::new(shell.me.clone(), limits, now());
+    let mut cpu = CpuAverage::default();
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut batch = Vec::with_capacity(INPUTS_AT_ONCE);
+    loop {
+        tokio::select! {
+            received = inbox.recv_many(&mut batch, INPUTS_AT_ONCE) => {
+                if received == 0 {
+                    return;
+                }
+                for input in batch.drain(..) {
+                    shell.fail_points.before_input(&input);
+                    core.handle(now(), input);
+                }
+            }
+            _ = tick.tick() => {
+                core.handle(now(), Input::Tick);
+                let mut snapshot = shell.metrics.0.lock();
+                snapshot.stats = core.stats();
+                snapshot.shards = core.held().count() as u64;
+                snapshot.cpu_cores = cpu.sample();
+                snapshot.links = shell.links.lock().len() as u64;
+            }
+        }
+        let outputs = core.take_outputs();
+        let ends_after_acks = shell.fail_points.before_outputs(&outputs);
+        carry_out(&shell, &store, &peers, outputs, ends_after_acks);
+        if ends_after_acks {
+            tokio::time::sleep(TICK).await; // lets the link's task write
+            shell.fail_points.acked();
+        }
+    }
+}
+
+/// Does what the core wants. With `only_frames` nothing but what goes to clients of links.
+fn carry_out(shell: &Arc<Shell>, store: &Arc<dyn Store>, peers: &Arc<LinkPool>, outputs: Vec<Output>, only_frames: bool) {
+    let mut frames: HashMap<LinkId, Vec<ServerFrame>> = HashMap::new();
+    let mut to_peers: HashMap<MemberId, Vec<ClientFrame>> = HashMap::new();
+    for output in outputs {
+        match output {
+            Output::Frame { link, frame } => frames.entry(link).or_default().push(frame),
+            _ if only_frames => {}
+            Output::Peer { to, frame } => to_peers.entry(to).or_default().push(frame),
+            Output::Call { call, request } => ask_store(shell, store, call, request),
+            Output::Report(report) => tell_control(shell, report),
+            Output::Members(members) => peers.set_members(&members),
+            Output::CloseLink(link) => {
+                if let Some(outbox) = shell.links.lock().remove(&link) {
+                    outbox.close();
+                }
+            }
+        }
+    }
+    for (link, frames) in frames {
+        let outbox = shell.links.lock().get(&link).cloned();
+        if let Some(outbox) = outbox
+            && outbox.push(frames).is_err()
+        {
+            tracing::warn!(link = link.0, "a client of a link reads too slowly: the link is closed");
+        }
+    }
+    for (to, frames) in to_peers {
+        peers.send(&to, frames);
+    }
+}
+
+fn ask_store(shell: &Arc<Shell>, store: &Arc<dyn Store>, call: u64, request: StoreCall) {
+    let (shell, store) = (shell.clone(), store.clone());
+    let is_read = !matches!(request, StoreCall::Acquire(_) | StoreCall::Release(_) | StoreCall::Check(_) | StoreCall::Commit(_));
+    tokio::spawn(async move {
+        let _permit = if is_read { shell.reads.clone().acquire_owned().await.ok() } else { None };
+        let answer = execute(store.as_ref(), &shell.me, request).await;
+        // Only a core that ended does not take it.
+        let _ = shell.inputs.send(Input::Answered { call, answer }).await;
+    });
+}
+
+fn tell_control(shell: &Shell, report: Report) {
+    let mut control = shell.control.lock();
+    match &report.report {
+        Some(report::Report::Hello(_)) => control.open = control.opening.take(),
+        Some(report::Report::Heartbeat(heartbeat)) => {
+            let mut snapshot = shell.metrics.0.lock();
+            snapshot.messages_per_second = heartbeat.messages_per_second;
+            snapshot.watermark_lag_s = heartbeat.watermark_lag_s;
+        }
+        _ => {}
+    }
+    let report = match report.report {
+        Some(report::Report::Heartbeat(heartbeat)) => {
+            let cpu_cores = shell.metrics.0.lock().cpu_cores;
+            Report { report: Some(report::Report::Heartbeat(im_proto::control::Heartbeat { cpu_cores, ..heartbeat })) }
+        }
+        other => Report { report: other },
+    };
+    // Without control nobody listens: the next Hello says all that counts.
+    if let Some(outbox) = &control.open
+        && outbox.push([report]).is_err()
+    {
+        control.open = None;
+    }
+}
+
+fn peer_pool(shell: &Arc<Shell>) -> Arc<LinkPool> {
+    let inputs = shell.inputs.clone();
+    let handler = Arc::new(move |event| {
+        let inputs = inputs.clone();
+        async move {
+            let input = match event {
+                LinkEvent::Up(peer) => Input::PeerUp(peer),
+                LinkEvent::Down(peer) => Input::PeerDown(peer),
+                LinkEvent::Frames(peer, frames) => Input::PeerFrames { peer, frames },
+            };
+            let _ = inputs.send(input).await;
+        }
+        .boxed()
+    });
+    LinkPool::new(shell.me.clone(), Role::Business, shell.token.as_deref(), handler)
+}
+
+// ---- incoming links -------------------------------------------------------------------------------------------------------
+
+struct LinkService(Arc<Shell>);
+
+type FrameStream = Pin<Box<dyn Stream<Item = Result<ServerFrames, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Link for LinkService {
+    type OpenStream = FrameStream;
+
+    async fn open(&self, request: Request<Streaming<ClientFrames>>) -> Result<Response<FrameStream>, Status> {
+        let shell = self.0.clone();
+        if let Some(token) = &shell.token {
+            let presented = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
+            if presented != Some(&format!("Bearer {token}")) {
+                return Err(Status::unauthenticated("links need the cluster's token: check linkToken"));
+            }
+        }
+        let mut inbound = request.into_inner();
+        let first = timeout(LINK_SILENCE_MAX, inbound.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("no Hello within 3 s"))??;
+        let mut frames = first.map(|message| message.frames).unwrap_or_default().into_iter();
+        let Some(client_frame::Frame::Hello(hello)) = frames.next().and_then(|frame| frame.frame) else {
+            return Err(Status::invalid_argument("the first frame must be Hello"));
+        };
+        let peer = MemberId::parse(&hello.member).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let link = LinkId(shell.next_link.fetch_add(1, Ordering::Relaxed));
+        let outbox = Outbox::new(LINK_FRAMES_MAX);
+        shell.links.lock().insert(link, outbox.clone());
+        let opened = [Input::LinkOpened { link, peer, role: hello.role() }, Input::Frames { link, frames: frames.collect() }];
+        tokio::spawn(read_link(shell, link, inbound, opened));
+        Ok(Response::new(Box::pin(outbox.reader().map(|frames| Ok(ServerFrames { frames })))))
+    }
+}
+
+async fn read_link(shell: Arc<Shell>, link: LinkId, mut inbound: Streaming<ClientFrames>, opened: [Input; 2]) {
+    for input in opened {
+        let _ = shell.inputs.send(input).await;
+    }
+    // A client pings each second: silence is the end, whatever TCP says.
+    while let Ok(Ok(Some(message))) = timeout(LINK_SILENCE_MAX, inbound.message()).await {
+        if shell.inputs.send(Input::Frames { link, frames: message.frames }).await.is_err() {
+            break;
+        }
+    }
+    if let Some(outbox) = shell.links.lock().remove(&link) {
+        outbox.close();
+    }
+    let _ = shell.inputs.send(Input::LinkClosed { link }).await;
+}
+
+// ---- control --------------------------------------------------------------------------------------------------------------
+
+/// Keeps a stream to the control service that leads. Without one, messages flow all the same.
+async fn keep_control(shell: Arc<Shell>, addresses: Vec<String>, hello: Hello) {
+    let mut leader: Option<String> = None;
+    let mut pause = Duration::from_millis(50);
+    for turn in 0usize.. {
+        let Some(address) = leader.take().or_else(|| addresses.get(turn % addresses.len().max(1)).cloned()) else { return };
+        let began = Instant::now();
+        match follow_control(&shell, &address, &hello).await {
+            Ok(next) => leader = next,
+            Err(error) => tracing::debug!(address, %error, "control"),
+        }
+        *shell.control.lock() = ControlStream::default();
+        pause = if began.elapsed() > LINK_SILENCE_MAX { Duration::from_millis(50) } else { (pause * 2).min(Duration::from_secs(1)) };
+        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+    }
+}
+
+/// Follows one stream to its end; gives the leader's address if this is not it.
+async fn follow_control(shell: &Arc<Shell>, address: &str, hello: &Hello) -> Result<Option<String>, Status> {
+    let unavailable = |error: tonic::transport::Error| Status::unavailable(error.to_string());
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).map_err(unavailable)?;
+    let channel = endpoint.connect_timeout(Duration::from_secs(1)).tcp_nodelay(true).connect().await.map_err(unavailable)?;
+    let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let outbox = Outbox::new(4_096);
+    shell.control.lock().opening = Some(outbox.clone());
+    let reports = outbox.reader().flat_map(futures::stream::iter);
+    if shell.inputs.send(Input::ControlUp(hello.clone())).await.is_err() {
+        return Ok(None);
+    }
+    let mut commands = client.join(Request::new(reports)).await?.into_inner();
+    while let Some(command) = commands.message().await? {
+        if let Some(command::Command::NotLeader(leader)) = &command.command {
+            return Ok(Some(leader.address.clone()).filter(|address| !address.is_empty()));
+        }
+        if shell.inputs.send(Input::Command(command)).await.is_err() {
+            break;
+        }
+    }
+    Ok(None)
+}
+
+// ---- admin ----------------------------------------------------------------------------------------------------------------
+
+async fn serve_admin(shell: Arc<Shell>, listener: TcpListener, fail_points: bool) {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(shell.metrics.clone()));
+    let registry = Arc::new(registry);
+    let metrics = move || async move {
+        let mut text = String::new();
+        match prometheus_client::encoding::text::encode(&mut text, &registry) {
+            Ok(()) => (StatusCode::OK, text),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        }
+    };
+    let mut app = axum::Router::new()
+        .route("/healthz", get(|| async { "ok" }))
+        .route("/readyz", get(|| async { "ok" }))
+        .route("/metrics", get(metrics));
+    if fail_points {
+        tracing::warn!("fail points can be armed: this is for tests only");
+        app = app.route("/fail-points/{name}", post(arm));
+    }
+    if let Err(error) = axum::serve(listener, app.with_state(shell)).await {
+        tracing::error!(%error, "the admin port ended");
+    }
+}
+
+async fn arm(State(shell): State<Arc<Shell>>, Path(name): Path<String>) -> (StatusCode, String) {
+    match FailPoint::parse(&name) {
+        Some(point) => {
+            shell.fail_points.arm(point);
+            (StatusCode::OK, format!("armed: {name}\n"))
+        }
+        None => (StatusCode::NOT_FOUND, format!("no fail point {name}: committed, acked, releasing, released, acquiring, acquired\n")),
+    }
+}

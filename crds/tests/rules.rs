@@ -1,0 +1,188 @@
+//! What is refused, where and with which words: by `parse_yaml` and `validate`, and by the generated CRD's own CEL
+//! rules, evaluated here as the API server would.
+
+use im_crds::{ImCluster, ParseError, Violation};
+use kube::CustomResourceExt;
+use serde_json::Value;
+
+const MINIMAL: &str = "
+apiVersion: imcluster.dev/v1alpha1
+kind: ImCluster
+metadata: {name: chat}
+spec:
+  auth: {insecure: {}}
+";
+
+/// The minimal cluster with further lines below `spec`.
+fn with(lines: &str) -> String {
+    let indented: String = lines.lines().map(|line| format!("  {line}\n")).collect();
+    format!("{MINIMAL}{indented}")
+}
+
+/// The minimal cluster with another `auth`.
+fn with_auth(auth: &str) -> String {
+    MINIMAL.replace("{insecure: {}}", auth)
+}
+
+fn refused(yaml: &str) -> Vec<(String, String)> {
+    match ImCluster::parse_yaml(yaml) {
+        Ok(_) => Vec::new(),
+        Err(ParseError::Field { path, reason }) => vec![(path, reason)],
+        Err(ParseError::Rules(violations)) => violations.into_iter().map(|v| (v.path, v.reason)).collect(),
+        Err(ParseError::Yaml(error)) => vec![("yaml".into(), error.to_string())],
+    }
+}
+
+/// The messages of the CEL rules that the YAML breaks, with the schema's defaults filled in as the API server does.
+fn refused_by_cel(yaml: &str, old: Option<&str>) -> Vec<String> {
+    let object = |yaml: &str| -> Value { serde_norway::from_str(yaml).expect("test YAML") };
+    let crd = serde_json::to_value(ImCluster::crd()).expect("serializes");
+    let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+    match kube_cel::validate(schema, &object(yaml), old.map(object).as_ref()) {
+        Ok(()) => Vec::new(),
+        Err(errors) => errors.into_vec().into_iter().map(|error| error.message).collect(),
+    }
+}
+
+#[test]
+fn a_minimal_cluster_has_all_defaults() {
+    let cluster = ImCluster::parse_yaml(MINIMAL).expect("minimal");
+    assert_eq!(cluster.spec.business.shards, 1024);
+    assert_eq!(cluster.spec.gateway.scaling().initial(), 1);
+    assert_eq!(cluster.spec.messages.dedup_window.to_string(), "7d");
+    assert_eq!(refused_by_cel(MINIMAL, None), Vec::<String>::new());
+    let again = cluster.to_yaml().expect("serializes");
+    assert_eq!(ImCluster::parse_yaml(&again).expect("own output"), cluster);
+}
+
+#[test]
+fn unreadable_fields_are_named() {
+    for (yaml, path, words) in [
+        (with("busness: {}"), "spec.busness", "unknown field"),
+        (with("gateway: {limits: {maxConnections: many}}"), "spec.gateway.limits.maxConnections", "u32"),
+        (with("gateway: {limits: {keepAliveMax: 5 minutes}}"), "spec.gateway.limits.keepAliveMax", "for example 30s"),
+        (with("access: {mqtt: {adress: 1}}"), "spec.access.mqtt.adress", "unknown field"),
+        (with("mode: Automatic"), "spec.mode", "`Auto`"),
+        (with("business: {autoscaling: {minReplicas: 1}}"), "spec.business.autoscaling", "maxReplicas"),
+        (with_auth("{insecure: {}, jwt: {keysFile: a}}"), "spec.auth", "set exactly one of: insecure, jwt"),
+        (with_auth("{}"), "spec.auth", "set exactly one of: insecure, jwt"),
+        (with_auth("{password: x}"), "spec.auth", "`insecure`"),
+        (with_auth("{insecure: {really: true}}"), "spec.auth.insecure.really", "unknown field"),
+        (MINIMAL.replace("spec:", "spce:"), "spce", "unknown field"),
+        (MINIMAL.replace("v1alpha1", "v2"), "apiVersion", "write `imcluster.dev/v1alpha1`"),
+        (MINIMAL.replace("kind: ImCluster", "kind: Deployment"), "kind", "write `ImCluster`"),
+        (MINIMAL.replace("{name: chat}", "{name: chat, lables: {}}"), "metadata.lables", "unknown field"),
+        (MINIMAL.replace("{name: chat}", "{}"), "metadata.name", "give the cluster a name"),
+        ("- a\n- b".to_owned(), ".", "expected an object"),
+        (with("auth: {insecure: {}}"), "yaml", "duplicate"),
+        ("a: [".to_owned(), "yaml", "line"),
+    ] {
+        let refused = refused(&yaml);
+        assert_eq!(refused.len(), 1, "{yaml}\n{refused:?}");
+        let (found, reason) = &refused[0];
+        assert!(found.starts_with(path) && reason.contains(words), "{yaml}\nexpected {path}: {words}\n{refused:?}");
+    }
+}
+
+#[test]
+fn rust_and_cel_refuse_the_same_in_the_same_words() {
+    let auto = |tier: &str, lines: &str| with(&format!("{tier}: {{autoscaling: {{{lines}}}}}"));
+    let cases = [
+        (with_auth("{jwt: {}}"), "spec.auth.jwt", "set exactly one of: jwksFile, keysFile"),
+        (with_auth("{jwt: {keysFile: a, jwksFile: b}}"), "spec.auth.jwt", "set exactly one of: jwksFile, keysFile"),
+        (with("storage: {postgres: {}}"), "spec.storage.postgres", "set exactly one of: url, urlFile"),
+        (with("access: {}"), "spec.access", "no client could connect"),
+        (with("access: {mqtt: {address: ''}}"), "spec.access.mqtt.address", "write IP:PORT"),
+        (with("access: {mqtt: {address: 'localhost:1883'}}"), "spec.access.mqtt.address", "write IP:PORT"),
+        (with("access: {mqtt: {address: '1.2.3.4:1'}, http: {address: '1.2.3.4:1'}}"), "spec.access", "two listeners"),
+        (
+            with("access: {mqtt: {address: '1.2.3.4:1'}, webSocket: {address: '1.2.3.4:1'}}"),
+            "spec.access",
+            "two listeners",
+        ),
+        (
+            auto("gateway", "minReplicas: 3, maxReplicas: 2"),
+            "spec.gateway.autoscaling",
+            "minReplicas must not be above",
+        ),
+        (with("business: {replicas: 2, autoscaling: {maxReplicas: 2}}"), "spec.business", "exclude each other"),
+        (with("gateway: {replicas: 2, autoscaling: {maxReplicas: 2}}"), "spec.gateway", "exclude each other"),
+        (
+            auto(
+                "business",
+                "maxReplicas: 2, metrics: [{type: BuiltIn, builtIn: {name: Connections, target: {type: AverageValue, value: 1}}}]",
+            ),
+            "spec.business",
+            "hold no client connections",
+        ),
+        (
+            auto(
+                "gateway",
+                "maxReplicas: 2, metrics: [{type: BuiltIn, builtIn: {name: CpuUtilization, target: {type: AverageValue, value: 1}}}]",
+            ),
+            "spec.gateway.autoscaling.metrics[0].builtIn",
+            "CpuUtilization takes a target of type Utilization",
+        ),
+        (with("messages: {maxPayload: 300000}"), "spec", "messages.maxPayload must be below"),
+    ];
+    for (yaml, path, words) in cases {
+        let refused = refused(&yaml);
+        assert_eq!(refused.len(), 1, "{yaml}\n{refused:?}");
+        assert!(refused[0].0 == path && refused[0].1.contains(words), "{yaml}\n{refused:?}");
+        let by_cel = refused_by_cel(&yaml, None);
+        assert_eq!(by_cel, [refused[0].1.as_str()], "{yaml}");
+    }
+    let two_ways = with_auth("{insecure: {}, jwt: {keysFile: a}}");
+    assert_eq!(refused_by_cel(&two_ways, None), ["set exactly one of: insecure, jwt"]);
+}
+
+#[test]
+fn bounds_are_those_of_the_schema() {
+    let crd = serde_json::to_value(ImCluster::crd()).expect("serializes");
+    for (yaml, path) in [
+        ("business: {shards: 0}", "spec.business.shards"),
+        ("business: {shards: 16385}", "spec.business.shards"),
+        ("business: {rebalance: {tolerance: 1.5}}", "spec.business.rebalance.tolerance"),
+        ("business: {rebalance: {movesInFlight: 0}}", "spec.business.rebalance.movesInFlight"),
+        ("gateway: {replicas: 0}", "spec.gateway.replicas"),
+        ("gateway: {autoscaling: {maxReplicas: 1001}}", "spec.gateway.autoscaling.maxReplicas"),
+        ("gateway: {limits: {receiveMaximum: 2000}}", "spec.gateway.limits.receiveMaximum"),
+        ("gateway: {limits: {maxPacketSize: 16777217}}", "spec.gateway.limits.maxPacketSize"),
+        ("gateway: {limits: {sendBufferBytes: 1}}", "spec.gateway.limits.sendBufferBytes"),
+        ("gateway: {drain: {rate: 0}}", "spec.gateway.drain.rate"),
+        ("messages: {catchUp: 0}", "spec.messages.catchUp"),
+    ] {
+        let refused = refused(&with(yaml));
+        let [(found, reason)] = refused.as_slice() else { panic!("{yaml}: {refused:?}") };
+        assert_eq!(found, path, "{yaml}");
+        let mut schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        for step in path.split('.') {
+            schema = &schema["properties"][step];
+        }
+        for bound in ["minimum", "maximum"] {
+            let bound = schema[bound].as_f64().unwrap_or_else(|| panic!("{path} has no {bound} in the schema"));
+            assert!(reason.split([' ', ',']).any(|word| word.parse() == Ok(bound)), "{reason} does not name {bound}");
+        }
+    }
+}
+
+#[test]
+fn shards_never_change() {
+    let old = ImCluster::parse_yaml(MINIMAL).expect("minimal");
+    let yaml = with("business: {shards: 512}");
+    let new = ImCluster::parse_yaml(&yaml).expect("512 shards");
+    let expected = Violation {
+        path: "spec.business.shards".into(),
+        reason: "shards can't change, every stored message lies by it: make a new ImCluster instead".into(),
+    };
+    assert_eq!(refused_by_cel(&yaml, Some(MINIMAL)), [expected.reason.as_str()]);
+    assert_eq!(new.validate_update(&old), [expected]);
+    assert_eq!(old.validate_update(&old), []);
+}
+
+#[test]
+fn all_violations_are_told_at_once() {
+    let refused = refused(&with("messages: {catchUp: 0}\nbusiness: {shards: 0}\nstorage: {postgres: {}}"));
+    let paths: Vec<&str> = refused.iter().map(|(path, _)| path.as_str()).collect();
+    assert_eq!(paths, ["spec.storage.postgres", "spec.business.shards", "spec.messages.catchUp"]);
+}

@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Chats with paho-mqtt: 1:1 both ways, a group, offline and back, two devices, MQTT 3.1.1. Exits 1 on a violation.
+
+The server must run with insecure authentication (the HTTP calls act as `insecure:USER`).
+"""
+
+import argparse
+import json
+import queue
+import secrets
+import sys
+import urllib.request
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+PATIENCE_SECONDS = 15
+
+
+class Violation(Exception):
+    """The system did not do what it promises."""
+
+
+def expect(condition, text):
+    if not condition:
+        raise Violation(text)
+
+
+class Device:
+    """One device of one person; what comes in waits in `inbox`."""
+
+    def __init__(self, args, user, device, version=mqtt.MQTTv5):
+        self.user, self.version = user, version
+        self.inbox, self.acks, self.subacks = queue.Queue(), queue.Queue(), queue.Queue()
+        self.connacks, self.ends = queue.Queue(), queue.Queue()
+        clean = {} if version == mqtt.MQTTv5 else {"clean_session": False}
+        self.client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=device, protocol=version, **clean)
+        self.client.username_pw_set(user, "any")
+        self.client.on_connect = lambda _c, _u, flags, code, _p: self.connacks.put((flags.session_present, code))
+        self.client.on_disconnect = lambda *_: self.ends.put(None)
+        self.client.on_message = lambda _c, _u, message: self.inbox.put(message)
+        self.client.on_publish = lambda _c, _u, _mid, code, props: self.acks.put((code, props))
+        self.client.on_subscribe = lambda _c, _u, _mid, codes, _p: self.subacks.put(codes)
+        self.args = args
+
+    def connect(self, session_present):
+        extra = {}
+        if self.version == mqtt.MQTTv5:
+            properties = Properties(PacketTypes.CONNECT)
+            properties.SessionExpiryInterval = 3600
+            extra = {"clean_start": False, "properties": properties}
+        self.client.connect(self.args.host, self.args.port, keepalive=30, **extra)
+        self.client.loop_start()
+        present, code = self.connacks.get(timeout=PATIENCE_SECONDS)
+        expect(not code.is_failure, f"{self.user} can't log in: {code}")
+        expect(present == session_present, f"{self.user}: Session Present is {present}")
+        if not session_present:
+            self.client.subscribe("inbox/#", qos=1)
+            codes = self.subacks.get(timeout=PATIENCE_SECONDS)
+            expect(codes[0].value == 1, f"SUBSCRIBE inbox/# was granted {codes}")
+        return self
+
+    def disconnect(self):
+        self.client.disconnect()
+        self.ends.get(timeout=PATIENCE_SECONDS)
+        self.client.loop_stop()
+
+    def send(self, topic, text):
+        """Publishes with QoS 1, waits for the PUBACK and gives its seq (None in 3.1.1)."""
+        properties = None
+        if self.version == mqtt.MQTTv5:
+            properties = Properties(PacketTypes.PUBLISH)
+            properties.UserProperty = ("id", secrets.token_hex(8))
+        self.client.publish(topic, text, qos=1, properties=properties)
+        code, answer = self.acks.get(timeout=PATIENCE_SECONDS)
+        expect(not code.is_failure, f"{topic} was refused: {code}")
+        if self.version != mqtt.MQTTv5:
+            return None
+        found = dict(getattr(answer, "UserProperty", []))
+        expect("seq" in found and "ts" in found, f"the PUBACK has no seq or ts: {found}")
+        return int(found["seq"])
+
+    def receive(self, topic, text):
+        """Waits for the next chat message, which must be this one, and gives its seq."""
+        while True:
+            try:
+                message = self.inbox.get(timeout=PATIENCE_SECONDS)
+            except queue.Empty:
+                raise Violation(f"{self.user} did not get {text!r} on {topic}") from None
+            # Read marks and joins come in between and are no chat messages.
+            if not message.topic.startswith("inbox/read/") and "/$system" not in message.topic:
+                break
+        found, seq = message.topic, None
+        if self.version == mqtt.MQTTv5:
+            seq = dict(getattr(message.properties, "UserProperty", [])).get("seq")
+        else:
+            found, _, seq = found.rpartition("/")
+        got = (found, message.payload.decode())
+        expect(got == (topic, text), f"{self.user} got {got} instead of {(topic, text)}")
+        expect(seq is not None, f"{topic} came without seq")
+        return int(seq)
+
+    def expect_nothing_unread(self):
+        expect(self.inbox.empty(), f"{self.user} got more than was sent: {self.inbox.queue and self.inbox.queue[0].topic}")
+
+
+def http(args, method, path, user, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer insecure:{user}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://{args.host}:{args.http_port}{path}", data, headers, method=method)
+    with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
+        return answer.status
+
+
+def chat(args, version):
+    tag = secrets.token_hex(3)
+    alice, bob, group = f"alice.{tag}", f"bob.{tag}", f"team.{tag}"
+    phone = Device(args, alice, "phone", version).connect(False)
+    laptop = Device(args, alice, "laptop", version).connect(False)
+    bobs = Device(args, bob, "phone", version).connect(False)
+
+    print("1:1 both ways, the other device sees both")
+    expect(phone.send(f"u/{bob}", "hello") in (1, None), "the first message is not number 1")
+    expect(bobs.receive(f"inbox/u/{alice}/{alice}", "hello") == 1, "wrong seq")
+    expect(laptop.receive(f"inbox/u/{bob}/{alice}", "hello") == 1, "wrong seq on the other device")
+    expect(bobs.send(f"u/{alice}", "hi") in (2, None), "the second message is not number 2")
+    for device in (phone, laptop):
+        expect(device.receive(f"inbox/u/{bob}/{bob}", "hi") == 2, "wrong seq")
+
+    print("offline, and all that was missed in order")
+    bobs.disconnect()
+    for number in range(3, 103):
+        phone.send(f"u/{bob}", f"missed {number}")
+    bobs.connect(True)
+    for number in range(3, 103):
+        expect(bobs.receive(f"inbox/u/{alice}/{alice}", f"missed {number}") == number, "wrong seq")
+        expect(laptop.receive(f"inbox/u/{bob}/{alice}", f"missed {number}") == number, "wrong seq")
+
+    print("a group")
+    http(args, "PUT", f"/v1/groups/{group}", alice, {"members": [alice, bob]})
+    phone.send(f"g/{group}", "to all")
+    first = bobs.receive(f"inbox/g/{group}/{alice}", "to all")
+    expect(laptop.receive(f"inbox/g/{group}/{alice}", "to all") == first, "two numbers for one message")
+    bobs.send(f"g/{group}", "from bob")
+    for device in (phone, laptop):
+        expect(device.receive(f"inbox/g/{group}/{bob}", "from bob") == first + 1, "wrong seq in the group")
+    for device in (phone, laptop, bobs):
+        device.expect_nothing_unread()
+        device.disconnect()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=1883)
+    parser.add_argument("--http-port", type=int, default=8080)
+    args = parser.parse_args()
+    try:
+        for name, version in (("MQTT 5", mqtt.MQTTv5), ("MQTT 3.1.1", mqtt.MQTTv311)):
+            print(f"-- {name}")
+            chat(args, version)
+    except (Violation, queue.Empty, OSError) as error:
+        print(f"VIOLATION: {error!r}", file=sys.stderr)
+        return 1
+    print("good")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

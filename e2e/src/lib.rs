@@ -1,0 +1,9 @@
+//! What the end-to-end tests and the load generator `imload` are made of. It knows the system under test only by its
+//! public interfaces: MQTT, HTTP and `members.json`.
+
+pub mod api;
+pub mod client;
+pub mod history;
+pub mod view;
+pub mod wire;
+pub mod workload;

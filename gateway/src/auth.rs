@@ -1,0 +1,270 @@
+//! Who a client is: JSON Web Tokens for users, service tokens for servers.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, JwkSet};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
+use parking_lot::Mutex;
+use serde::Deserialize;
+
+use crate::config::AuthConfig;
+use crate::mqtt::Reason;
+use crate::session::{ConnectRefused, Identity};
+
+/// How often a key set's file is looked at for a change.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why authentication can't be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthError {
+    /// A file can't be read.
+    #[error("cannot read {path}: {error}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// A file without a usable key.
+    #[error("{path} holds no usable key: {what}")]
+    Keys {
+        /// Which file.
+        path: PathBuf,
+        /// What was expected.
+        what: String,
+    },
+}
+
+/// What a valid token says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proof {
+    /// The user.
+    pub user: String,
+    /// When the proof ends, Unix seconds; `None` = never.
+    pub expires_unix_s: Option<u64>,
+}
+
+/// Checks passwords and bearer tokens.
+pub struct Auth {
+    users: Users,
+    services: Vec<String>,
+}
+
+enum Users {
+    Insecure,
+    Jwt(Box<Jwt>),
+}
+
+struct Jwt {
+    path: PathBuf,
+    is_key_set: bool,
+    audience: Option<String>,
+    issuer: Option<String>,
+    loaded: Mutex<Loaded>,
+}
+
+struct Loaded {
+    keys: Vec<Key>,
+    modified: Option<SystemTime>,
+    looked: Instant,
+}
+
+#[derive(Clone)]
+struct Key {
+    id: Option<String>,
+    algorithm: Algorithm,
+    key: DecodingKey,
+}
+
+#[derive(Deserialize)]
+struct Claims {
+    sub: String,
+    exp: f64,
+}
+
+impl Auth {
+    /// Reads the keys and service tokens.
+    ///
+    /// # Errors
+    /// [`AuthError`] if a file is missing or holds nothing usable.
+    pub fn new(config: &AuthConfig, service_tokens: Option<&Path>) -> Result<Self, AuthError> {
+        let users = match config {
+            AuthConfig::Insecure {} => {
+                tracing::warn!("auth is INSECURE: every password is taken; never let this gateway be reached from outside");
+                Users::Insecure
+            }
+            AuthConfig::Jwt { keys_file, jwks_file, audience, issuer } => {
+                let (path, is_key_set) = match (keys_file, jwks_file) {
+                    (_, Some(path)) => (path.clone(), true),
+                    (Some(path), None) => (path.clone(), false),
+                    (None, None) => {
+                        return Err(AuthError::Keys { path: PathBuf::new(), what: "give keysFile or jwksFile".to_owned() });
+                    }
+                };
+                let keys = read_keys(&path, is_key_set)?;
+                let loaded = Mutex::new(Loaded { keys, modified: modified(&path), looked: Instant::now() });
+                Users::Jwt(Box::new(Jwt { path, is_key_set, audience: audience.clone(), issuer: issuer.clone(), loaded }))
+            }
+        };
+        let services = match service_tokens {
+            None => Vec::new(),
+            Some(path) => {
+                let text = read(path)?;
+                text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
+            }
+        };
+        Ok(Self { users, services })
+    }
+
+    /// Proves `user` by the password of a CONNECT; `now_ms` is the session's clock, on which the identity then ends.
+    ///
+    /// # Errors
+    /// The reason for the CONNACK.
+    pub fn connect(&self, user: &str, password: Option<&[u8]>, now_ms: u64) -> Result<Identity, ConnectRefused> {
+        let refused = |reason, text: &str| ConnectRefused { reason, text: text.to_owned() };
+        let Users::Jwt(jwt) = &self.users else { return Ok(Identity { expires_at_ms: None }) };
+        let token = password.and_then(|password| std::str::from_utf8(password).ok());
+        let token = token.ok_or_else(|| refused(Reason::BadCredentials, "the password must be a JSON Web Token"))?;
+        let proof = jwt.check(token).map_err(|(reason, text)| refused(reason, &text))?;
+        if proof.user != user {
+            return Err(refused(Reason::BadCredentials, "the token's sub is not the user name"));
+        }
+        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let expires_at_ms = proof.expires_unix_s.map(|at| now_ms + at.saturating_sub(now_s).saturating_mul(1_000));
+        Ok(Identity { expires_at_ms })
+    }
+
+    /// The user of an HTTP bearer token.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn bearer_user(&self, token: &str) -> Result<Proof, String> {
+        match &self.users {
+            Users::Jwt(jwt) => jwt.check(token).map_err(|(_, text)| text),
+            Users::Insecure => match token.strip_prefix("insecure:").filter(|user| im_proto::ids::is_name(user)) {
+                Some(user) => Ok(Proof { user: user.to_owned(), expires_unix_s: None }),
+                None => Err("auth is insecure here: use `Bearer insecure:USER` or `Bearer insecure-service`".to_owned()),
+            },
+        }
+    }
+
+    /// Whether a bearer token is a server's. Compared in a time that depends on lengths only.
+    pub fn is_service(&self, token: &str) -> bool {
+        let same = |other: &str| {
+            token.len() == other.len() && token.bytes().zip(other.bytes()).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
+        };
+        self.services.iter().any(|service| same(service)) || matches!(self.users, Users::Insecure) && token == "insecure-service"
+    }
+}
+
+impl Jwt {
+    fn check(&self, token: &str) -> Result<Proof, (Reason, String)> {
+        let bad = |text: &str| (Reason::BadCredentials, text.to_owned());
+        let header = decode_header(token).map_err(|_| bad("the token is no JSON Web Token"))?;
+        let mut problem = bad("no key here matches the token's alg and kid: use HS256, RS256, ES256 or EdDSA with a configured key");
+        for key in self.keys() {
+            let same_id = match (&key.id, &header.kid) {
+                (Some(have), Some(want)) => have == want,
+                _ => true,
+            };
+            if key.algorithm != header.alg || !same_id {
+                continue;
+            }
+            let mut validation = Validation::new(key.algorithm);
+            validation.leeway = 0;
+            validation.validate_nbf = true;
+            validation.set_required_spec_claims(&["exp", "sub"]);
+            match &self.audience {
+                Some(audience) => {
+                    validation.set_audience(&[audience]);
+                    validation.required_spec_claims.insert("aud".to_owned());
+                }
+                None => validation.validate_aud = false,
+            }
+            if let Some(issuer) = &self.issuer {
+                validation.set_issuer(&[issuer]);
+                validation.required_spec_claims.insert("iss".to_owned());
+            }
+            match decode::<Claims>(token, &key.key, &validation) {
+                Ok(token) => return Ok(Proof { user: token.claims.sub, expires_unix_s: Some(token.claims.exp.max(0.0) as u64) }),
+                Err(error) => {
+                    use jsonwebtoken::errors::ErrorKind;
+                    problem = match error.kind() {
+                        ErrorKind::ExpiredSignature => (Reason::NotAuthorized, "the token expired: get a new one".to_owned()),
+                        ErrorKind::ImmatureSignature => (Reason::NotAuthorized, "the token is not valid yet".to_owned()),
+                        _ => bad("the token's signature or claims (exp, sub, aud, iss) are not right"),
+                    };
+                }
+            }
+        }
+        Err(problem)
+    }
+
+    /// The keys, read again if their file changed; a broken new file leaves the old ones.
+    fn keys(&self) -> Vec<Key> {
+        let mut loaded = self.loaded.lock();
+        if self.is_key_set && loaded.looked.elapsed() >= RELOAD_INTERVAL {
+            loaded.looked = Instant::now();
+            let modified = modified(&self.path);
+            if modified != loaded.modified {
+                loaded.modified = modified;
+                match read_keys(&self.path, true) {
+                    Ok(keys) => loaded.keys = keys,
+                    Err(error) => tracing::error!(%error, "the key set is kept as it was"),
+                }
+            }
+        }
+        loaded.keys.clone()
+    }
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
+}
+
+fn read(path: &Path) -> Result<String, AuthError> {
+    std::fs::read_to_string(path).map_err(|error| AuthError::Read { path: path.to_owned(), error })
+}
+
+fn read_keys(path: &Path, is_key_set: bool) -> Result<Vec<Key>, AuthError> {
+    let text = read(path)?;
+    let keys = if is_key_set {
+        let set: JwkSet = serde_json::from_str(&text)
+            .map_err(|error| AuthError::Keys { path: path.to_owned(), what: format!("no JSON Web Key Set: {error}") })?;
+        set.keys.iter().filter_map(key_of_jwk).collect()
+    } else if text.contains("-----BEGIN") {
+        let blocks = text.split("-----BEGIN").skip(1).map(|block| format!("-----BEGIN{block}"));
+        blocks.filter_map(|block| key_of_pem(block.trim().as_bytes())).collect()
+    } else {
+        let key = DecodingKey::from_secret(text.trim().as_bytes());
+        if text.trim().is_empty() { Vec::new() } else { vec![Key { id: None, algorithm: Algorithm::HS256, key }] }
+    };
+    if keys.is_empty() {
+        let what = "expected public keys (RSA, P-256 or Ed25519) in PEM, a secret for HS256, or a JSON Web Key Set".to_owned();
+        return Err(AuthError::Keys { path: path.to_owned(), what });
+    }
+    Ok(keys)
+}
+
+fn key_of_jwk(jwk: &jsonwebtoken::jwk::Jwk) -> Option<Key> {
+    let algorithm = match &jwk.algorithm {
+        AlgorithmParameters::OctetKey(_) => Algorithm::HS256,
+        AlgorithmParameters::RSA(_) => Algorithm::RS256,
+        AlgorithmParameters::EllipticCurve(curve) if curve.curve == EllipticCurve::P256 => Algorithm::ES256,
+        AlgorithmParameters::OctetKeyPair(_) => Algorithm::EdDSA,
+        _ => return None,
+    };
+    Some(Key { id: jwk.common.key_id.clone(), algorithm, key: DecodingKey::from_jwk(jwk).ok()? })
+}
+
+fn key_of_pem(pem: &[u8]) -> Option<Key> {
+    let key = |algorithm, key| Some(Key { id: None, algorithm, key });
+    if let Ok(rsa) = DecodingKey::from_rsa_pem(pem) {
+        return key(Algorithm::RS256, rsa);
+    }
+    if let Ok(ec) = DecodingKey::from_ec_pem(pem) {
+        return key(Algorithm::ES256, ec);
+    }
+    DecodingKey::from_ed_pem(pem).ok().and_then(|ed| key(Algorithm::EdDSA, ed))
+}

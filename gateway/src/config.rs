@@ -1,0 +1,246 @@
+//! The gateway's configuration file: JSON, camelCase, unknown fields refused, every limit with a default.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::session::SessionLimits;
+
+/// Why a configuration can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("cannot read {path}: {error}: check --config")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The file is no valid configuration.
+    #[error("{path}: {error}: correct the field named here")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Where and why.
+        error: serde_json::Error,
+    },
+    /// A value that can't be right.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// One gateway.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    /// The member's name; a restart keeps it.
+    pub name: String,
+    /// Where the control service listens, host:port.
+    #[serde(default)]
+    pub control: Vec<String>,
+    /// Authenticates this tier to the others.
+    #[serde(default)]
+    pub link_token: Option<String>,
+    /// MQTT over TCP.
+    #[serde(default)]
+    pub mqtt: Option<Listen>,
+    /// MQTT over TLS.
+    #[serde(default)]
+    pub tls: Option<TlsListen>,
+    /// MQTT over WebSocket.
+    #[serde(default)]
+    pub web_socket: Option<Listen>,
+    /// The JSON API.
+    #[serde(default)]
+    pub http: Option<Listen>,
+    /// Health and metrics of this very process.
+    pub admin: Listen,
+    /// How clients prove who they are.
+    pub auth: AuthConfig,
+    /// One service token per line.
+    #[serde(default)]
+    pub service_tokens_file: Option<PathBuf>,
+    /// What clients are held to.
+    #[serde(default)]
+    pub limits: Limits,
+    /// What sessions get.
+    #[serde(default)]
+    pub messages: Messages,
+    /// How long a terminated gateway sheds its connections, seconds.
+    #[serde(default = "default_grace")]
+    pub termination_grace_seconds: u64,
+    /// Worker threads.
+    #[serde(default = "default_threads")]
+    pub threads: usize,
+}
+
+fn default_grace() -> u64 {
+    5
+}
+
+fn default_threads() -> usize {
+    2
+}
+
+/// An address to listen on.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Listen {
+    /// host:port; port 0 picks one.
+    pub address: SocketAddr,
+}
+
+/// An address to listen on, with its certificate.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TlsListen {
+    /// host:port.
+    pub address: SocketAddr,
+    /// PEM, the server's certificate first.
+    pub cert_file: PathBuf,
+    /// PEM.
+    pub key_file: PathBuf,
+}
+
+/// How clients prove who they are.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum AuthConfig {
+    /// Any password is right: for trying out.
+    Insecure {},
+    /// The password is a JSON Web Token whose `sub` is the user.
+    #[serde(rename_all = "camelCase")]
+    Jwt {
+        /// PEM public keys, or one secret for HS256.
+        #[serde(default)]
+        keys_file: Option<PathBuf>,
+        /// A JSON Web Key Set; read again when it changes.
+        #[serde(default)]
+        jwks_file: Option<PathBuf>,
+        /// The `aud` that tokens must name.
+        #[serde(default)]
+        audience: Option<String>,
+        /// The `iss` that tokens must name.
+        #[serde(default)]
+        issuer: Option<String>,
+    },
+}
+
+/// What clients are held to.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Limits {
+    /// Open connections of this process.
+    pub max_connections: usize,
+    /// CONNECTs a second.
+    pub connect_rate: u32,
+    /// Connections before their CONNECT.
+    pub half_open_max: usize,
+    /// Publishes that a client may have unanswered.
+    pub receive_maximum: u16,
+    /// The largest packet taken, bytes.
+    pub max_packet_size: u32,
+    /// The longest keep-alive granted, seconds.
+    pub keep_alive_max_seconds: u16,
+    /// The longest session expiry granted, seconds.
+    pub session_expiry_max_seconds: u32,
+    /// Packets a second that are read from one connection.
+    pub message_rate: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 15_000,
+            connect_rate: 2_000,
+            half_open_max: 1_000,
+            receive_maximum: 64,
+            max_packet_size: 65_536,
+            keep_alive_max_seconds: 1_200,
+            session_expiry_max_seconds: 2_592_000,
+            message_rate: 1_000,
+        }
+    }
+}
+
+/// What sessions get.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Messages {
+    /// Messages of one conversation that a new session gets at most.
+    pub catch_up: u64,
+}
+
+impl Default for Messages {
+    fn default() -> Self {
+        Self { catch_up: 1_000 }
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// What is wrong with it, and where.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
+        let config: Self = serde_json::from_str(&text).map_err(|error| ConfigError::Parse { path: path.to_owned(), error })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let invalid = |text: &str| Err(ConfigError::Invalid(text.to_owned()));
+        let limits = &self.limits;
+        if !im_proto::ids::is_name(&self.name) {
+            return invalid("name: use 1 to 64 of A-Z a-z 0-9 . _ @ -");
+        }
+        if let AuthConfig::Jwt { keys_file, jwks_file, .. } = &self.auth
+            && keys_file.is_some() == jwks_file.is_some()
+        {
+            return invalid("auth.jwt: give one of keysFile and jwksFile");
+        }
+        if limits.receive_maximum == 0 || limits.message_rate == 0 || limits.connect_rate == 0 || limits.keep_alive_max_seconds == 0 {
+            return invalid("limits: receiveMaximum, messageRate, connectRate and keepAliveMaxSeconds must be at least 1");
+        }
+        if limits.max_connections == 0 || limits.half_open_max == 0 || self.threads == 0 {
+            return invalid("limits.maxConnections, limits.halfOpenMax and threads must be at least 1");
+        }
+        if !(256..=16 << 20).contains(&limits.max_packet_size) {
+            return invalid("limits.maxPacketSize: use 256 to 16777216 bytes");
+        }
+        Ok(())
+    }
+
+    /// What sessions are held to.
+    pub fn session_limits(&self) -> SessionLimits {
+        SessionLimits {
+            receive_maximum: self.limits.receive_maximum,
+            packet_size_max: self.limits.max_packet_size,
+            keep_alive_s_max: self.limits.keep_alive_max_seconds,
+            session_expiry_s_max: self.limits.session_expiry_max_seconds,
+            catch_up: self.messages.catch_up,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_file_has_defaults_and_typos_are_named() {
+        let small = r#"{"name":"gateway-0","admin":{"address":"127.0.0.1:0"},"auth":{"insecure":{}}}"#;
+        let config: Config = serde_json::from_str(small).expect("the smallest configuration");
+        config.check().expect("valid");
+        assert_eq!((config.limits.receive_maximum, config.messages.catch_up), (64, 1_000));
+        let typo = small.replace("\"auth\"", "\"limit\":{},\"auth\"");
+        let error = serde_json::from_str::<Config>(&typo).expect_err("an unknown field").to_string();
+        assert!(error.contains("limit"), "{error}");
+        let both = r#"{"jwt":{"keysFile":"a","jwksFile":"b"}}"#;
+        let config = Config { auth: serde_json::from_str(both).expect("parses"), ..config };
+        assert!(config.check().is_err());
+    }
+}

@@ -1,0 +1,599 @@
+//! What the connections of one process share: the router, the links, who is connected, and the live rooms.
+//!
+//! Locks are taken in the order session, rooms, router; never the other way round. The router's outputs for the links leave under its
+//! lock (their order is what keeps messages in order), all others are carried to the sessions after it was let go.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::task::AtomicWaker;
+use im_proto::control;
+use im_proto::ids::{MemberId, shard_of};
+use im_proto::link::reply::Outcome;
+use im_proto::link::{
+    Announced, Body, ClientFrame, Deliver, Done, Push, Role, RoomJoin, RoomLeave, RoomMessage, ServerFrame, body, client_frame, push,
+    server_frame,
+};
+use im_proto::links::{LinkEvent, LinkHandler, LinkPool};
+use im_proto::router::{Full, Limits, Output, Router};
+use parking_lot::Mutex;
+use slab::Slab;
+use tokio::sync::oneshot;
+
+use crate::metrics::Clock;
+use crate::mqtt::{Delivery, OutBuffer, Version};
+use crate::session::{Answer, Effects, OUTCOME_WAIT_MS_MAX, RoomEffect, Session, Shared, room_key};
+
+/// Who waits for a request.
+#[derive(Debug)]
+enum Token {
+    Session(Arc<Connection>, u32),
+    Ask(oneshot::Sender<Answer>),
+    RoomJoined(Arc<str>),
+    Nobody,
+}
+
+/// A connection as the others see it: its session, and how to wake the task that owns its socket.
+#[derive(Debug)]
+pub struct Connection {
+    session: Mutex<Session>,
+    /// Woken when there is something to write or the session ended.
+    pub waker: AtomicWaker,
+    slot: AtomicUsize,
+    /// Its task does not read because the session takes nothing now.
+    paused: AtomicBool,
+}
+
+impl Connection {
+    /// Says that the task does (not) read; to be called with the session in hand.
+    pub fn pause(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
+    }
+}
+
+/// Connections of each user of one shard.
+type Users = Mutex<HashMap<Arc<str>, Vec<Arc<Connection>>>>;
+
+#[derive(Debug, Default)]
+struct Room {
+    viewers: Vec<Arc<Connection>>,
+    /// `viewers`, shared with whoever is fanning out; made anew when they change.
+    snapshot: Option<Arc<[Arc<Connection>]>>,
+    joined: bool,
+    joining: bool,
+    waiting: Vec<(Arc<Connection>, u32)>,
+}
+
+#[derive(Debug)]
+struct Routing {
+    router: Router<Token>,
+    /// Per shard the `Announced` that is not answered: void as soon as the shard has a new owner.
+    announced: HashMap<u32, u64>,
+    members: HashSet<MemberId>,
+    term: u64,
+    number: u64,
+}
+
+/// Why a question to an owner has no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AskError {
+    /// A queue is full or the shard map has not come yet.
+    #[error("the gateway can't take the request now: try again later")]
+    Busy,
+    /// No owner answered within 10 s.
+    #[error("no owner answered within 10 s: try again later")]
+    NoOwner,
+}
+
+/// See the module.
+pub struct Hub {
+    /// This process.
+    pub me: MemberId,
+    /// What sessions share.
+    pub shared: Arc<Shared>,
+    /// The sessions' time.
+    pub clock: Clock,
+    routing: Mutex<Routing>,
+    pool: OnceLock<Arc<LinkPool>>,
+    users: OnceLock<Box<[Users]>>,
+    rooms: Mutex<HashMap<Arc<str>, Room>>,
+    connections: Mutex<Slab<Arc<Connection>>>,
+    next_connection: AtomicU64,
+}
+
+impl Hub {
+    /// A hub without links; they come with the first map. `link_token` authenticates this tier to the owners.
+    pub fn new(me: MemberId, shared: Arc<Shared>, link_token: Option<&str>) -> Arc<Self> {
+        let router = Router::new(0, Limits::default());
+        let routing = Routing { router, announced: HashMap::new(), members: HashSet::new(), term: 0, number: 0 };
+        let hub = Arc::new(Self {
+            me: me.clone(),
+            shared,
+            clock: Clock::default(),
+            routing: Mutex::new(routing),
+            pool: OnceLock::new(),
+            users: OnceLock::new(),
+            rooms: Mutex::default(),
+            connections: Mutex::default(),
+            next_connection: AtomicU64::new(1),
+        });
+        let weak = Arc::downgrade(&hub);
+        let handler: LinkHandler = Arc::new(move |event| {
+            if let Some(hub) = weak.upgrade() {
+                hub.on_link(event);
+            }
+            futures::future::ready(()).boxed()
+        });
+        let pool = LinkPool::new(me, Role::Gateway, link_token, handler);
+        // Nobody else has the hub yet, so the cell is empty.
+        let _ = hub.pool.set(pool);
+        hub
+    }
+
+    /// The cluster's number of shards; 0 until the map came, when no client can be served.
+    pub fn shards(&self) -> u32 {
+        self.users.get().map_or(0, |users| users.len() as u32)
+    }
+
+    /// Open connections.
+    pub fn connections(&self) -> usize {
+        self.connections.lock().len()
+    }
+
+    /// Requests without an answer.
+    pub fn unanswered(&self) -> usize {
+        self.routing.lock().router.unanswered()
+    }
+
+    /// A number for a new connection.
+    pub fn connection_id(&self) -> u64 {
+        self.next_connection.fetch_add(1, Ordering::Relaxed)
+    }
+
+    // ---- the map ------------------------------------------------------------------------------------------------------
+
+    /// The version of the map that is held: term and number.
+    pub fn map_version(&self) -> (u64, u64) {
+        let routing = self.routing.lock();
+        (routing.term, routing.number)
+    }
+
+    /// A shard map. Older ones, and maps of another number of shards, are ignored. Must be called within a tokio runtime.
+    pub fn on_map(self: &Arc<Self>, term: u64, map: &control::Map) {
+        let parsed: Vec<Option<MemberId>> = map.members.iter().map(|member| MemberId::parse(&member.member).ok()).collect();
+        let is_business = |member: &control::Member| member.role() == control::Role::Business;
+        let business: Vec<(MemberId, String)> = std::iter::zip(&map.members, &parsed)
+            .filter(|(member, _)| is_business(member))
+            .filter_map(|(member, id)| Some((id.clone()?, member.link_address.clone())))
+            .collect();
+        let later = {
+            let mut routing = self.routing.lock();
+            if map.shards == 0 || (term, map.number) < (routing.term, routing.number) {
+                return;
+            }
+            if routing.router.shards() == 0 {
+                routing.router = Router::new(map.shards, Limits::default());
+                self.users.get_or_init(|| (0..map.shards).map(|_| Users::default()).collect());
+            } else if routing.router.shards() != map.shards {
+                tracing::error!(have = routing.router.shards(), got = map.shards, "a map with another number of shards is ignored");
+                return;
+            }
+            (routing.term, routing.number) = (term, map.number);
+            let members: HashSet<MemberId> = business.iter().map(|(member, _)| member.clone()).collect();
+            for gone in std::mem::replace(&mut routing.members, members.clone()).difference(&members) {
+                routing.router.link_down(gone);
+            }
+            for (shard, (owner, epoch)) in std::iter::zip(&map.owners, &map.epochs).enumerate() {
+                if let Some(Some(owner)) = owner.checked_sub(1).and_then(|index| parsed.get(index as usize)) {
+                    routing.router.claim(shard as u32, *epoch, owner);
+                }
+            }
+            self.send_out(&mut routing)
+        };
+        if let Some(pool) = self.pool.get() {
+            pool.set_members(&business);
+        }
+        self.carry(later);
+    }
+
+    // ---- links --------------------------------------------------------------------------------------------------------
+
+    fn on_link(self: &Arc<Self>, event: LinkEvent) {
+        match event {
+            LinkEvent::Up(member) => {
+                tracing::info!(%member, "link up");
+                self.route(|router| router.link_up(&member));
+            }
+            LinkEvent::Down(member) => {
+                tracing::warn!(%member, "link down");
+                self.route(|router| router.link_down(&member));
+            }
+            LinkEvent::Frames(member, frames) => self.on_frames(&member, frames),
+        }
+    }
+
+    fn on_frames(self: &Arc<Self>, member: &MemberId, frames: Vec<ServerFrame>) {
+        let mut took = 0;
+        let mut frames = frames.into_iter().filter_map(|frame| frame.frame).peekable();
+        while frames.peek().is_some() {
+            // Answers before the pushes that follow them: a push may need the registration that was just confirmed.
+            self.route(|router| {
+                while let Some(frame) = frames.next_if(|frame| !matches!(frame, server_frame::Frame::Push(_))) {
+                    match frame {
+                        server_frame::Frame::Owned(owned) => router.owned(member, &owned),
+                        server_frame::Frame::Reply(reply) => router.reply(reply),
+                        server_frame::Frame::Moved(moved) => router.moved(&moved),
+                        server_frame::Frame::Push(_) | server_frame::Frame::Pong(_) => {}
+                    }
+                }
+            });
+            while let Some(server_frame::Frame::Push(push)) =
+                frames.next_if(|frame| matches!(frame, server_frame::Frame::Push(_)))
+            {
+                took = took.max(push.id);
+                self.on_push(push);
+            }
+        }
+        if took != 0
+            && let Some(pool) = self.pool.get()
+        {
+            pool.send(member, [ClientFrame { frame: Some(client_frame::Frame::Took(took)) }]);
+        }
+    }
+
+    fn route(self: &Arc<Self>, event: impl FnOnce(&mut Router<Token>)) {
+        let later = {
+            let mut routing = self.routing.lock();
+            event(&mut routing.router);
+            self.send_out(&mut routing)
+        };
+        self.carry(later);
+    }
+
+    /// Puts what is for the links on them, in order, and returns the rest.
+    fn send_out(&self, routing: &mut Routing) -> Vec<Output<Token>> {
+        let outputs = routing.router.take_outputs();
+        if outputs.is_empty() {
+            return outputs;
+        }
+        let Some(pool) = self.pool.get() else { return outputs };
+        let mut later = Vec::new();
+        let mut void = HashSet::new();
+        let mut batch: Option<(MemberId, Vec<ClientFrame>)> = None;
+        for output in outputs {
+            match output {
+                Output::Send(_, request) if void.contains(&request.id) => {}
+                Output::Send(to, request) => {
+                    let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request)) };
+                    match &mut batch {
+                        Some((member, frames)) if *member == to => frames.push(frame),
+                        _ => {
+                            if let Some((member, frames)) = batch.replace((to, vec![frame])) {
+                                pool.send(&member, frames);
+                            }
+                        }
+                    }
+                }
+                Output::Ready { shard, .. } => {
+                    // "All announced" must not reach the new owner before the announcements that this makes.
+                    if let Some(id) = routing.announced.remove(&shard) {
+                        routing.router.cancel(id);
+                        void.insert(id);
+                    }
+                    later.push(output);
+                }
+                Output::Done(..) | Output::Lost(_) => later.push(output),
+            }
+        }
+        if let Some((member, frames)) = batch {
+            pool.send(&member, frames);
+        }
+        later
+    }
+
+    fn carry(self: &Arc<Self>, outputs: Vec<Output<Token>>) {
+        for output in outputs {
+            match output {
+                Output::Done(token, outcome) => self.answer(token, Answer::Outcome(outcome)),
+                Output::Lost(token) => self.answer(token, Answer::Lost),
+                Output::Ready { shard, .. } => self.announce(shard),
+                Output::Send(..) => {}
+            }
+        }
+    }
+
+    fn answer(self: &Arc<Self>, token: Token, answer: Answer) {
+        match token {
+            Token::Session(connection, ticket) => {
+                self.with(&connection, |session, now_ms, effects| session.on_answer(now_ms, ticket, answer, effects));
+            }
+            // Who asked may have gone.
+            Token::Ask(sender) => drop(sender.send(answer)),
+            Token::RoomJoined(room) => self.room_joined(&room, &answer),
+            Token::Nobody => {}
+        }
+    }
+
+    /// A shard has a new owner or a new link: it is told of all sessions of its users, then that these were all.
+    fn announce(self: &Arc<Self>, shard: u32) {
+        let Some(users) = self.users.get().and_then(|users| users.get(shard as usize)) else { return };
+        let connections: Vec<Arc<Connection>> = users.lock().values().flatten().cloned().collect();
+        for connection in connections {
+            self.shared.metrics.announced.inc();
+            self.with(&connection, |session, now_ms, effects| session.announce(now_ms, effects));
+        }
+        let shards = self.shards();
+        for (name, room) in self.rooms.lock().iter_mut() {
+            if shard_of(&room_key(name), shards) == shard {
+                room.joining = true;
+                self.request_join(name, room);
+            }
+        }
+        let body = Body { body: Some(body::Body::Announced(Announced {})) };
+        let mut routing = self.routing.lock();
+        match routing.router.request(shard, 0, &body, Token::Nobody) {
+            Ok(id) => drop(routing.announced.insert(shard, id)),
+            // The owner waits 3 s for it at most.
+            Err(Full(_)) => tracing::warn!(shard, "the shard's queue is full: its announcement is left out"),
+        }
+        self.send_out(&mut routing);
+    }
+
+    // ---- sessions -----------------------------------------------------------------------------------------------------
+
+    /// Takes a session in that was just opened, with what it wants done.
+    pub fn add(self: &Arc<Self>, session: Session, mut effects: Effects) -> Arc<Connection> {
+        let user = session.user().clone();
+        let (waker, slot, paused) = (AtomicWaker::new(), AtomicUsize::new(0), AtomicBool::new(false));
+        let connection = Arc::new(Connection { session: Mutex::new(session), waker, slot, paused });
+        let slot = self.connections.lock().insert(connection.clone());
+        connection.slot.store(slot, Ordering::Relaxed);
+        if let Some(users) = self.users_of(&user) {
+            users.lock().entry(user).or_default().push(connection.clone());
+        }
+        self.shared.metrics.connections.inc();
+        self.apply(&connection, &mut connection.session.lock(), &mut effects);
+        connection
+    }
+
+    /// Forgets a connection whose session ended and whose socket is closed.
+    pub fn remove(&self, connection: &Arc<Connection>) {
+        let user = connection.session.lock().user().clone();
+        if let Some(users) = self.users_of(&user) {
+            let mut users = users.lock();
+            if let Some(connections) = users.get_mut(&user) {
+                connections.retain(|other| !Arc::ptr_eq(other, connection));
+                if connections.is_empty() {
+                    users.remove(&user);
+                }
+            }
+        }
+        self.connections.lock().try_remove(connection.slot.load(Ordering::Relaxed));
+        self.shared.metrics.connections.dec();
+    }
+
+    /// Lets something happen to a session, does what it wants done, and wakes its task if it has to write or to end.
+    pub fn with<R>(self: &Arc<Self>, connection: &Arc<Connection>, event: impl FnOnce(&mut Session, u64, &mut Effects) -> R) -> R {
+        let (result, wake) = self.with_quietly(connection, event);
+        if wake {
+            connection.waker.wake();
+        }
+        result
+    }
+
+    /// As [`Hub::with`], but for the connection's own task, which needs no waking.
+    pub fn with_quietly<R>(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        event: impl FnOnce(&mut Session, u64, &mut Effects) -> R,
+    ) -> (R, bool) {
+        let mut effects = Effects::default();
+        let mut session = connection.session.lock();
+        let result = event(&mut session, self.clock.now_ms(), &mut effects);
+        self.apply(connection, &mut session, &mut effects);
+        let resume = connection.paused.load(Ordering::Relaxed) && session.wants_input();
+        (result, resume || session.has_output() || session.is_ended())
+    }
+
+    fn apply(self: &Arc<Self>, connection: &Arc<Connection>, session: &mut Session, effects: &mut Effects) {
+        let now_ms = self.clock.now_ms();
+        while !effects.is_empty() {
+            let Effects { cancel, requests, rooms } = std::mem::take(effects);
+            let mut answers = Vec::new();
+            if !(cancel.is_empty() && requests.is_empty()) {
+                let mut routing = self.routing.lock();
+                for id in cancel {
+                    routing.router.cancel(id);
+                }
+                for request in requests {
+                    let token = request.ticket.map_or(Token::Nobody, |ticket| Token::Session(connection.clone(), ticket));
+                    match (routing.router.request(request.shard, request.order, &request.body, token), request.ticket) {
+                        (Ok(id), Some(ticket)) => session.routed(ticket, id),
+                        (Err(Full(_)), Some(ticket)) => answers.push((ticket, Answer::Full)),
+                        (Ok(_), None) => {}
+                        (Err(Full(_)), None) => tracing::warn!(shard = request.shard, "the shard's queue is full: the end of a session is lost"),
+                    }
+                }
+                self.send_out(&mut routing);
+            }
+            for room in rooms {
+                match room {
+                    RoomEffect::Enter { room, ticket } => {
+                        if self.enter_room(room, connection, ticket) {
+                            answers.push((ticket, Answer::Outcome(Outcome::Done(Done {}))));
+                        }
+                    }
+                    RoomEffect::Leave { room } => self.leave_room(&room, connection),
+                }
+            }
+            for (ticket, answer) in answers {
+                session.on_answer(now_ms, ticket, answer, effects);
+            }
+        }
+    }
+
+    fn users_of(&self, user: &str) -> Option<&Users> {
+        let users = self.users.get()?;
+        users.get(shard_of(user, users.len() as u32) as usize)
+    }
+
+    fn connections_of(&self, user: &str) -> Vec<Arc<Connection>> {
+        self.users_of(user).and_then(|users| users.lock().get(user).cloned()).unwrap_or_default()
+    }
+
+    /// All connections now.
+    pub fn all(&self) -> Vec<Arc<Connection>> {
+        self.connections.lock().iter().map(|(_, connection)| connection.clone()).collect()
+    }
+
+    /// What time brings; to be called once a second.
+    pub fn tick(self: &Arc<Self>) {
+        for connection in self.all() {
+            self.with(&connection, |session, now_ms, effects| session.on_tick(now_ms, effects));
+        }
+    }
+
+    fn on_push(self: &Arc<Self>, push: Push) {
+        match push.push {
+            Some(push::Push::Deliver(deliver)) => self.on_deliver(&deliver),
+            Some(push::Push::Kick(kick)) => {
+                for connection in self.connections_of(&kick.user) {
+                    self.with(&connection, |session, _, effects| session.on_kick(&kick, effects));
+                }
+            }
+            Some(push::Push::ReadState(state)) => {
+                for connection in self.connections_of(&state.user) {
+                    self.with(&connection, |session, _, _| session.on_read_state(&state.conversation, &state.reader, state.seq));
+                }
+            }
+            Some(push::Push::RoomMessage(message)) => self.on_room_message(&message),
+            None => {}
+        }
+    }
+
+    fn on_deliver(self: &Arc<Self>, deliver: &Deliver) {
+        for recipient in &deliver.recipients {
+            for connection in self.connections_of(&recipient.user) {
+                self.with(&connection, |session, now_ms, effects| session.on_deliver(now_ms, deliver, recipient, effects));
+            }
+        }
+    }
+
+    // ---- rooms --------------------------------------------------------------------------------------------------------
+
+    /// Whether the gateway is in the room already.
+    fn enter_room(&self, name: Arc<str>, connection: &Arc<Connection>, ticket: u32) -> bool {
+        let mut rooms = self.rooms.lock();
+        let room = rooms.entry(name.clone()).or_default();
+        room.viewers.push(connection.clone());
+        room.snapshot = None;
+        if room.joined {
+            return true;
+        }
+        room.waiting.push((connection.clone(), ticket));
+        if !std::mem::replace(&mut room.joining, true) {
+            self.request_join(&name, room);
+        }
+        false
+    }
+
+    fn request_join(&self, name: &Arc<str>, room: &mut Room) {
+        let body = Body { body: Some(body::Body::RoomJoin(RoomJoin { room: name.to_string() })) };
+        let mut routing = self.routing.lock();
+        let shard = shard_of(&room_key(name), routing.router.shards());
+        if routing.router.request(shard, 0, &body, Token::RoomJoined(name.clone())).is_err() {
+            // Asked again by the next viewer; who waits now hears nothing and ends after 10 s.
+            room.joining = false;
+        }
+        self.send_out(&mut routing);
+    }
+
+    fn room_joined(self: &Arc<Self>, name: &Arc<str>, answer: &Answer) {
+        let refused = match answer {
+            Answer::Outcome(Outcome::Refused(refused)) => Some(refused.clone()),
+            _ => None,
+        };
+        let waiting = {
+            let mut rooms = self.rooms.lock();
+            let Some(room) = rooms.get_mut(name) else { return };
+            room.joining = false;
+            room.joined |= refused.is_none();
+            std::mem::take(&mut room.waiting)
+        };
+        for (connection, ticket) in waiting {
+            let outcome = refused.clone().map_or(Outcome::Done(Done {}), Outcome::Refused);
+            self.with(&connection, |session, now_ms, effects| session.on_answer(now_ms, ticket, Answer::Outcome(outcome), effects));
+        }
+    }
+
+    fn leave_room(&self, name: &Arc<str>, connection: &Arc<Connection>) {
+        let mut rooms = self.rooms.lock();
+        let Some(room) = rooms.get_mut(name) else { return };
+        room.viewers.retain(|viewer| !Arc::ptr_eq(viewer, connection));
+        room.waiting.retain(|(viewer, _)| !Arc::ptr_eq(viewer, connection));
+        room.snapshot = None;
+        if room.viewers.is_empty() {
+            rooms.remove(name);
+            let body = Body { body: Some(body::Body::RoomLeave(RoomLeave { room: name.to_string() })) };
+            let mut routing = self.routing.lock();
+            let shard = shard_of(&room_key(name), routing.router.shards());
+            // An owner that never hears of it stops when the link ends.
+            let _ = routing.router.request(shard, 0, &body, Token::Nobody);
+            self.send_out(&mut routing);
+        }
+    }
+
+    fn on_room_message(self: &Arc<Self>, message: &RoomMessage) {
+        let viewers = {
+            let mut rooms = self.rooms.lock();
+            let Some(room) = rooms.get_mut(message.room.as_str()) else { return };
+            let viewers = &room.viewers;
+            room.snapshot.get_or_insert_with(|| viewers.iter().cloned().collect()).clone()
+        };
+        let encode = |version| -> Bytes {
+            let mut out = OutBuffer::default();
+            let (topic, from) = (["r", &message.room], [("from", message.sender.as_str())]);
+            Delivery { topic: &topic, packet_id: 0, user_properties: &from, payload: &message.payload }.encode(&mut out, version);
+            out.take_bytes()
+        };
+        let (v5, v311) = (encode(Version::V5), encode(Version::V311));
+        for viewer in viewers.iter() {
+            self.with(viewer, |session, _, _| {
+                session.on_room_message(if session.version() == Version::V5 { &v5 } else { &v311 });
+            });
+        }
+    }
+
+    // ---- questions of the HTTP API ------------------------------------------------------------------------------------
+
+    /// Asks the owner of `key`'s shard.
+    ///
+    /// # Errors
+    /// [`AskError`] if it can't be asked or does not answer.
+    pub async fn ask(self: &Arc<Self>, key: &str, body: body::Body) -> Result<Outcome, AskError> {
+        let shards = self.shards();
+        if shards == 0 {
+            return Err(AskError::Busy);
+        }
+        let (sender, receiver) = oneshot::channel();
+        let id = {
+            let mut routing = self.routing.lock();
+            let token = Token::Ask(sender);
+            let id = routing.router.request(shard_of(key, shards), 0, &Body { body: Some(body) }, token).map_err(|_| AskError::Busy)?;
+            self.send_out(&mut routing);
+            id
+        };
+        match tokio::time::timeout(Duration::from_millis(OUTCOME_WAIT_MS_MAX), receiver).await {
+            Ok(Ok(Answer::Outcome(outcome))) => Ok(outcome),
+            Ok(_) => Err(AskError::Busy),
+            Err(_) => {
+                self.routing.lock().router.cancel(id);
+                Err(AskError::NoOwner)
+            }
+        }
+    }
+}

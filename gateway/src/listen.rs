@@ -1,0 +1,279 @@
+//! Listening: TCP, TLS and WebSocket on shared ports, with limits before anything is spent on a client.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_tungstenite::accept_hdr_async_with_config;
+use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
+use tokio_tungstenite::tungstenite::http::{HeaderValue, StatusCode, header};
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+
+use crate::auth::Auth;
+use crate::config::{Limits, TlsListen};
+use crate::connection::{HANDSHAKE_MAX, WebSocket, handshake};
+use crate::hub::Hub;
+
+const BACKLOG: i32 = 4_096;
+/// Pause after an accept that failed for want of something (file descriptors).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Why nothing is listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The address can't be had.
+    #[error("cannot listen on {address}: {error}: is it in use, or not this machine's?")]
+    Bind {
+        /// Which address.
+        address: SocketAddr,
+        /// Why.
+        error: io::Error,
+    },
+    /// The certificate or key can't be used.
+    #[error("cannot use certificate or key {path}: {error}")]
+    Certificate {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        error: String,
+    },
+}
+
+/// A rate limit: so many a second, with one second's worth at once.
+#[derive(Debug)]
+pub struct RateLimit {
+    per_second: f64,
+    state: Mutex<(f64, u64)>,
+}
+
+impl RateLimit {
+    /// A full bucket.
+    pub fn new(per_second: u32) -> Self {
+        Self { per_second: per_second.into(), state: Mutex::new((per_second.into(), 0)) }
+    }
+
+    /// Takes one, if there is one.
+    pub fn take(&self, now_ms: u64) -> bool {
+        let mut state = self.state.lock();
+        let (tokens, at_ms) = *state;
+        let tokens = (tokens + now_ms.saturating_sub(at_ms) as f64 * self.per_second / 1_000.0).min(self.per_second);
+        let taken = tokens >= 1.0;
+        *state = (if taken { tokens - 1.0 } else { tokens }, now_ms.max(at_ms));
+        taken
+    }
+}
+
+/// What the connections of a process are accepted with.
+pub struct Gateway {
+    /// What they share.
+    pub hub: Arc<Hub>,
+    /// Who may in.
+    pub auth: Arc<Auth>,
+    /// What they are held to.
+    pub limits: Limits,
+    /// CONNECTs a second.
+    pub connect_rate: RateLimit,
+    half_open: Arc<Semaphore>,
+    serving: watch::Sender<bool>,
+}
+
+impl Gateway {
+    /// A gateway that serves as soon as it listens.
+    pub fn new(hub: Arc<Hub>, auth: Arc<Auth>, limits: Limits) -> Arc<Self> {
+        let (connect_rate, half_open) = (RateLimit::new(limits.connect_rate), Arc::new(Semaphore::new(limits.half_open_max)));
+        Arc::new(Self { hub, auth, limits, connect_rate, half_open, serving: watch::Sender::new(true) })
+    }
+
+    /// Whether new connections are accepted; a draining gateway gives its listeners up, so that the kernel spreads new clients over the others.
+    pub fn set_serving(&self, serving: bool) {
+        self.serving.send_if_modified(|old| std::mem::replace(old, serving) != serving);
+    }
+
+    /// Whether new connections are accepted.
+    pub fn is_serving(&self) -> bool {
+        *self.serving.borrow()
+    }
+
+    /// Follows [`Gateway::is_serving`].
+    pub fn serving(&self) -> watch::Receiver<bool> {
+        self.serving.subscribe()
+    }
+}
+
+/// How the bytes of a listener's connections are wrapped.
+#[derive(Clone)]
+pub enum Wrap {
+    /// Not at all.
+    Plain,
+    /// TLS.
+    Tls(TlsAcceptor),
+    /// WebSocket with the subprotocol `mqtt`.
+    WebSocket,
+}
+
+/// A listening socket that several processes of a machine can have at the same address; the kernel spreads connections over them.
+///
+/// # Errors
+/// [`ListenError::Bind`].
+pub fn bind_shared(address: SocketAddr) -> Result<StdListener, ListenError> {
+    let bind = || -> io::Result<StdListener> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        Ok(socket.into())
+    };
+    bind().map_err(|error| ListenError::Bind { address, error })
+}
+
+/// Reads a certificate chain and its key.
+///
+/// # Errors
+/// [`ListenError::Certificate`].
+pub fn tls_acceptor(listen: &TlsListen) -> Result<TlsAcceptor, ListenError> {
+    let wrong = |path: &Path, error: String| ListenError::Certificate { path: path.to_owned(), error };
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_file_iter(&listen.cert_file)
+        .map_err(|error| wrong(&listen.cert_file, error.to_string()))?
+        .collect();
+    let chain = chain.map_err(|error| wrong(&listen.cert_file, error.to_string()))?;
+    let key = PrivateKeyDer::from_pem_file(&listen.key_file).map_err(|error| wrong(&listen.key_file, error.to_string()))?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| wrong(&listen.cert_file, error.to_string()))?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .map_err(|error| wrong(&listen.cert_file, error.to_string()))?;
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+/// Accepts connections while the gateway serves; gives the address up while it does not. Returns the address that is listened on.
+///
+/// # Errors
+/// [`ListenError`] if it can't be bound at first.
+pub fn spawn(gateway: &Arc<Gateway>, address: SocketAddr, wrap: Wrap) -> Result<SocketAddr, ListenError> {
+    let listener = bind_shared(address)?;
+    let address = listener.local_addr().map_err(|error| ListenError::Bind { address, error })?;
+    tokio::spawn(keep_listening(gateway.clone(), address, Some(listener), wrap));
+    Ok(address)
+}
+
+async fn keep_listening(gateway: Arc<Gateway>, address: SocketAddr, mut first: Option<StdListener>, wrap: Wrap) {
+    let mut serving = gateway.serving();
+    loop {
+        if serving.wait_for(|serving| *serving).await.is_err() {
+            return;
+        }
+        let listener = match first.take().map_or_else(|| bind_shared(address), Ok) {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::error!(%error, "listening again");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let listener = match TcpListener::from_std(listener) {
+            Ok(listener) => listener,
+            Err(error) => return tracing::error!(%address, %error, "the runtime refuses the listener"),
+        };
+        tokio::select! {
+            () = accept(&gateway, &listener, &wrap) => {}
+            _ = serving.wait_for(|serving| !*serving) => {
+                // What the kernel completed already would be reset by closing the socket.
+                while let Some(Ok((stream, _))) = futures::FutureExt::now_or_never(listener.accept()) {
+                    admit(&gateway, stream, &wrap);
+                }
+            }
+        }
+    }
+}
+
+async fn accept(gateway: &Arc<Gateway>, listener: &TcpListener, wrap: &Wrap) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => admit(gateway, stream, wrap),
+            Err(error) => {
+                tracing::warn!(%error, "accept");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn admit(gateway: &Arc<Gateway>, stream: TcpStream, wrap: &Wrap) {
+    // Too many that have not said CONNECT yet: the newest is closed.
+    let Ok(permit) = gateway.half_open.clone().try_acquire_owned() else {
+        gateway.hub.shared.metrics.slow_handshakes.inc();
+        return;
+    };
+    // Neither is needed for correctness.
+    let _ = stream.set_nodelay(true);
+    let _ = socket2::SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(Duration::from_secs(60)));
+    let gateway = gateway.clone();
+    match wrap {
+        Wrap::Plain => drop(tokio::spawn(handshake(gateway, stream, permit))),
+        Wrap::Tls(acceptor) => drop(tokio::spawn(tls(gateway, stream, permit, acceptor.clone()))),
+        Wrap::WebSocket => drop(tokio::spawn(web_socket(gateway, stream, permit))),
+    }
+}
+
+async fn tls(gateway: Arc<Gateway>, stream: TcpStream, permit: OwnedSemaphorePermit, acceptor: TlsAcceptor) {
+    let accept = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(64 << 10)));
+    match timeout(HANDSHAKE_MAX, accept).await {
+        Ok(Ok(stream)) => handshake(gateway, stream, permit).await,
+        Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
+        Err(_) => drop(gateway.hub.shared.metrics.slow_handshakes.inc()),
+    }
+}
+
+async fn web_socket(gateway: Arc<Gateway>, stream: TcpStream, permit: OwnedSemaphorePermit) {
+    let size_max = gateway.limits.max_packet_size as usize + 16;
+    let config = WebSocketConfig::default()
+        .read_buffer_size(1_024)
+        .write_buffer_size(0)
+        .max_write_buffer_size(1 << 20)
+        .max_message_size(Some(size_max.max(256 << 10)))
+        .max_frame_size(Some(size_max.max(256 << 10)));
+    match timeout(HANDSHAKE_MAX, accept_hdr_async_with_config(stream, subprotocol, Some(config))).await {
+        Ok(Ok(frames)) => handshake(gateway, WebSocket::new(frames), permit).await,
+        Ok(Err(error)) => tracing::debug!(%error, "WebSocket handshake"),
+        Err(_) => drop(gateway.hub.shared.metrics.slow_handshakes.inc()),
+    }
+}
+
+/// MQTT 5, 6.0: the client must offer, the server must choose the subprotocol `mqtt`.
+#[allow(clippy::result_large_err)] // the library's type
+fn subprotocol(request: &Request, mut response: Response) -> Result<Response, ErrorResponse> {
+    let offered = request.headers().get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    if offered.flat_map(|value| value.split(',')).any(|name| name.trim() == "mqtt") {
+        response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static("mqtt"));
+        return Ok(response);
+    }
+    let mut refusal = ErrorResponse::new(Some("offer the WebSocket subprotocol mqtt".to_owned()));
+    *refusal.status_mut() = StatusCode::BAD_REQUEST;
+    Err(refusal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_limit_refills() {
+        let limit = RateLimit::new(10);
+        assert_eq!((0..20).filter(|_| limit.take(1_000)).count(), 10);
+        assert_eq!((0..20).filter(|_| limit.take(1_500)).count(), 5);
+    }
+}

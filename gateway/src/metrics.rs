@@ -1,0 +1,178 @@
+//! What a gateway counts, in Prometheus' words, and the 10-second averages that autoscaling reads.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use parking_lot::Mutex;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use crate::mqtt::Reason;
+
+/// Averages are taken over this long, seconds.
+const WINDOW_S: usize = 10;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+/// A gauge with a fraction.
+pub type FloatGauge = Gauge<f64, AtomicU64>;
+
+/// The counters and gauges of one process.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics {
+    registry: Arc<Registry>,
+    refused: Family<ReasonLabel, Counter>,
+    averages: Arc<Mutex<Averages>>,
+    /// Open client connections.
+    pub connections: Gauge,
+    /// Publishes taken and deliveries made per second.
+    pub messages_per_second: FloatGauge,
+    /// CPU used, in cores.
+    pub cpu_cores: FloatGauge,
+    /// Publishes taken from clients.
+    pub accepted: Counter,
+    /// Messages acknowledged as stored.
+    pub acked: Counter,
+    /// Messages sent to clients.
+    pub delivered: Counter,
+    /// Connections ended by the owner: taken over or administratively.
+    pub kicked: Counter,
+    /// Connections shed while draining.
+    pub shed: Counter,
+    /// Acknowledgements of packet ids that nobody waited for.
+    pub unknown_puback: Counter,
+    /// Room messages lost by viewers that did not keep up.
+    pub room_dropped: Counter,
+    /// Messages passed over because the client can't take their size.
+    pub too_large_for_client: Counter,
+    /// Handshakes that were too slow.
+    pub slow_handshakes: Counter,
+    /// Times that a client's reading was paused for sending too fast.
+    pub throttled: Counter,
+    /// Announcements of sessions to an owner.
+    pub announced: Counter,
+}
+
+#[derive(Debug, Default)]
+struct Averages {
+    /// Per second: messages so far, CPU ticks so far.
+    samples: VecDeque<(u64, u64)>,
+}
+
+impl Metrics {
+    /// A set of its own registry.
+    pub fn new() -> Self {
+        let mut metrics = Self::default();
+        let mut registry = Registry::with_prefix("im");
+        registry.register("connections", "Open client connections", metrics.connections.clone());
+        registry.register(
+            "messages_per_second",
+            "Publishes taken and deliveries made per second, 10 s average",
+            metrics.messages_per_second.clone(),
+        );
+        registry.register("cpu_cores", "CPU used in cores, 10 s average", metrics.cpu_cores.clone());
+        registry.register("refused", "Refusals by reason", metrics.refused.clone());
+        for (name, help, counter) in [
+            ("accepted", "Publishes taken from clients", &metrics.accepted),
+            ("acked", "Messages acknowledged as stored", &metrics.acked),
+            ("delivered", "Messages sent to clients", &metrics.delivered),
+            ("kicked", "Connections ended by the owner", &metrics.kicked),
+            ("shed", "Connections shed while draining", &metrics.shed),
+            ("unknown_puback", "Acknowledgements that nobody waited for", &metrics.unknown_puback),
+            ("room_dropped", "Room messages lost by slow viewers", &metrics.room_dropped),
+            ("too_large_for_client", "Messages over a client's maximum packet size", &metrics.too_large_for_client),
+            ("slow_handshakes", "Handshakes that were too slow", &metrics.slow_handshakes),
+            ("throttled", "Pauses of clients that send too fast", &metrics.throttled),
+            ("announced", "Announcements of sessions to owners", &metrics.announced),
+        ] {
+            registry.register(name, help, counter.clone());
+        }
+        metrics.registry = Arc::new(registry);
+        metrics
+    }
+
+    /// Counts a refusal.
+    pub fn refused(&self, reason: Reason) {
+        self.refused.get_or_create(&ReasonLabel { reason: reason.name() }).inc();
+    }
+
+    /// How often something was refused for this reason.
+    pub fn refusals(&self, reason: Reason) -> u64 {
+        self.refused.get_or_create(&ReasonLabel { reason: reason.name() }).get()
+    }
+
+    /// Takes a sample for the averages; to be called once a second. `cpu_ticks` is the process's CPU time so far, in 1/100 s.
+    pub fn sample(&self, cpu_ticks: u64) {
+        let mut averages = self.averages.lock();
+        averages.samples.push_back((self.accepted.get() + self.delivered.get(), cpu_ticks));
+        if averages.samples.len() > WINDOW_S + 1 {
+            averages.samples.pop_front();
+        }
+        if let (Some(first), Some(last)) = (averages.samples.front(), averages.samples.back()) {
+            let seconds = (averages.samples.len() - 1).max(1) as f64;
+            self.messages_per_second.set((last.0 - first.0) as f64 / seconds);
+            self.cpu_cores.set(last.1.saturating_sub(first.1) as f64 / 100.0 / seconds);
+        }
+    }
+
+    /// The text exposition.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String can't fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+        text
+    }
+}
+
+/// CPU time of this process so far, in 1/100 s (the kernel's USER_HZ); 0 where there is no /proc.
+pub fn cpu_ticks() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The command in parentheses may hold spaces; utime and stime are the 12th and 13th fields after it.
+    let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().skip(11);
+    let mut next = || fields.next().and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
+    next() + next()
+}
+
+/// Milliseconds since the process's start of time; monotonic.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock(std::time::Instant);
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self(std::time::Instant::now())
+    }
+}
+
+impl Clock {
+    /// Now.
+    pub fn now_ms(&self) -> u64 {
+        self.0.elapsed().as_millis() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn averages_are_over_ten_seconds() {
+        let metrics = Metrics::new();
+        for second in 0..30 {
+            metrics.sample(second * 50);
+            metrics.accepted.inc_by(100);
+        }
+        assert!((metrics.messages_per_second.get() - 100.0).abs() < 1e-9);
+        assert!((metrics.cpu_cores.get() - 0.5).abs() < 1e-9);
+        metrics.refused(Reason::QuotaExceeded);
+        let text = metrics.render();
+        assert!(text.contains("im_refused_total{reason=\"quota exceeded\"} 1"), "{text}");
+        assert!(text.contains("im_accepted_total 3000"), "{text}");
+    }
+}

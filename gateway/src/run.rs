@@ -1,0 +1,88 @@
+//! Puts a gateway together from its configuration.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use im_proto::ids::{IdError, MemberId};
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::auth::{Auth, AuthError};
+use crate::config::Config;
+use crate::http::{self, Api};
+use crate::hub::Hub;
+use crate::listen::{self, Gateway, ListenError, Wrap};
+use crate::member::Member;
+use crate::metrics::{Metrics, cpu_ticks};
+use crate::session::Shared;
+
+/// Why a gateway does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Its name.
+    #[error(transparent)]
+    Name(#[from] IdError),
+    /// Its keys.
+    #[error(transparent)]
+    Auth(#[from] AuthError),
+    /// Its addresses.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+}
+
+/// A running gateway and where it listens.
+pub struct Running {
+    /// Its parts.
+    pub gateway: Arc<Gateway>,
+    /// Its membership.
+    pub member: Arc<Member>,
+    /// MQTT over TCP.
+    pub mqtt: Option<SocketAddr>,
+    /// MQTT over TLS.
+    pub tls: Option<SocketAddr>,
+    /// MQTT over WebSocket.
+    pub web_socket: Option<SocketAddr>,
+    /// The JSON API.
+    pub http: Option<SocketAddr>,
+    /// Health and metrics.
+    pub admin: SocketAddr,
+}
+
+/// Starts a gateway on the present runtime.
+///
+/// # Errors
+/// [`StartError`] names what in the configuration can't be had.
+pub fn start(config: &Config) -> Result<Running, StartError> {
+    let boot = rand::random();
+    let me = MemberId::new(&config.name, boot)?;
+    let shared = Shared::new(boot, config.session_limits(), Metrics::new());
+    let auth = Arc::new(Auth::new(&config.auth, config.service_tokens_file.as_deref())?);
+    let hub = Hub::new(me, shared, config.link_token.as_deref());
+    let gateway = Gateway::new(hub.clone(), auth, config.limits.clone());
+    let listen = |address, wrap| listen::spawn(&gateway, address, wrap);
+    let mqtt = config.mqtt.as_ref().map(|at| listen(at.address, Wrap::Plain)).transpose()?;
+    let web_socket = config.web_socket.as_ref().map(|at| listen(at.address, Wrap::WebSocket)).transpose()?;
+    let tls = match &config.tls {
+        Some(at) => Some(listen(at.address, Wrap::Tls(listen::tls_acceptor(at)?))?),
+        None => None,
+    };
+    let api = Arc::new(Api::new(gateway.clone()));
+    let admin = http::spawn_admin(&api, config.admin.address)?;
+    let http = config.http.as_ref().map(|at| http::spawn_public(&api, at.address)).transpose()?;
+    let member = Member::new(gateway.clone(), admin.to_string(), config.link_token.as_deref());
+    tokio::spawn(member.clone().stay_joined(config.control.clone()));
+    tokio::spawn(member.clone().shed());
+    tokio::spawn(keep_time(hub.clone()));
+    tracing::info!(me = %hub.me, ?mqtt, ?tls, ?web_socket, ?http, %admin, "listening");
+    Ok(Running { gateway, member, mqtt, tls, web_socket, http, admin })
+}
+
+async fn keep_time(hub: Arc<Hub>) {
+    let mut ticks = interval(Duration::from_secs(1));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        hub.tick();
+        hub.shared.metrics.sample(cpu_ticks());
+    }
+}

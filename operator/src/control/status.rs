@@ -1,0 +1,251 @@
+//! The status document: what is, and why. Served as JSON by the console, read by `imcluster status`.
+
+use crate::platform::ProcessState;
+use crate::shards::Snapshot;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Events that are kept.
+pub const EVENTS_MAX: usize = 50;
+/// Moves that are listed.
+pub const MOVES_LISTED_MAX: usize = 64;
+/// From this watermark lag on nobody can say that nothing is lost.
+const LAG_UNKNOWN_S: f64 = 30.0;
+
+/// The whole document.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// Name of the ImCluster.
+    pub cluster: String,
+    /// `Auto` or `Recommend`.
+    pub mode: String,
+    /// No change is made.
+    pub paused: bool,
+    /// When this was written, RFC 3339.
+    pub at: String,
+    /// The tiers.
+    pub tiers: Tiers,
+    /// The shards.
+    pub shards: Shards,
+    /// Age of the oldest message whose recipients were not all notified, seconds; `None` = nobody says.
+    pub watermark_lag_seconds: Option<f64>,
+    /// Whether every acknowledged message is still there.
+    pub no_message_lost: Verdict,
+    /// What happened last, oldest first.
+    pub events: VecDeque<Event>,
+    /// Whether what the user wrote last is what runs.
+    pub file: FileStatus,
+}
+
+/// Both tiers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Tiers {
+    /// The gateways.
+    pub gateway: TierStatus,
+    /// The business members.
+    pub business: TierStatus,
+}
+
+/// One tier.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TierStatus {
+    /// Members that run and are not leaving.
+    pub replicas: u32,
+    /// Members that serve.
+    pub ready: u32,
+    /// Members that there should be.
+    pub desired: u32,
+    /// Never fewer.
+    pub min: u32,
+    /// Never more.
+    pub max: u32,
+    /// Why that many are desired.
+    pub because: Vec<String>,
+    /// Each member.
+    pub members: Vec<MemberStatus>,
+}
+
+/// One member. What makes no sense for its tier is left out.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemberStatus {
+    /// Its name.
+    pub name: String,
+    /// Its process id.
+    pub pid: Option<u32>,
+    /// How often its process was started.
+    pub starts: u32,
+    /// starting, ready, silent, draining, emptying, waiting, stopping.
+    pub state: String,
+    /// Open client connections.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u64>,
+    /// It sheds its connections.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub draining: Option<bool>,
+    /// Shards that it owns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shards: Option<u32>,
+    /// Lowest and highest epoch of these.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<(u64, u64)>,
+    /// Messages per second of these.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load: Option<f64>,
+    /// Messages per second that it carries.
+    pub messages_per_second: f64,
+    /// CPU used, in cores.
+    pub cpu_cores: f64,
+}
+
+/// The shards.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Shards {
+    /// How many there are.
+    pub total: u32,
+    /// How many have an owner that lives.
+    pub owned: u32,
+    /// How many are under way.
+    pub moving: u32,
+    /// How many moves are planned and not begun.
+    pub queued: u32,
+    /// Term of the map.
+    pub term: u64,
+    /// Number of the map in its term.
+    pub number: u64,
+    /// How many each member owns, by its name.
+    pub per_member: BTreeMap<String, u32>,
+    /// Some of those under way.
+    pub moves: Vec<MoveStatus>,
+    /// Over half of the members fell silent at once: nothing is taken from them for a while.
+    pub degraded: bool,
+    /// Control is new and only listens.
+    pub hearing: bool,
+    /// What is proposed while the mode is `Recommend`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proposal: Option<Proposal>,
+}
+
+/// One shard under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MoveStatus {
+    /// Which.
+    pub shard: u32,
+    /// Its owner, as last heard.
+    pub from: Option<String>,
+    /// Its owner to be.
+    pub to: Option<String>,
+    /// releasing, takingBack, acquiring.
+    pub phase: String,
+}
+
+/// A plan that nobody has approved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Proposal {
+    /// Hash of its content.
+    pub hash: String,
+    /// How many shards would move.
+    pub moves: usize,
+}
+
+/// What can be said, and why.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Verdict {
+    /// `True`, `False` or `Unknown`.
+    pub status: String,
+    /// A sentence.
+    pub reason: String,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Event {
+    /// When, RFC 3339.
+    pub at: String,
+    /// What.
+    pub text: String,
+}
+
+/// How the user's file is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FileStatus {
+    /// It is what runs.
+    pub ok: bool,
+    /// Why not: one line per rule, each with the field's path and the reason.
+    pub error: Option<String>,
+}
+
+/// Whether every acknowledged message is still there. The store's word: holes that an acquire or the scrubber found.
+pub(super) fn no_message_lost(holes: u64, snapshot: &Snapshot, lag_s: Option<f64>) -> Verdict {
+    let (status, reason) = if holes > 0 {
+        ("False", format!("{holes} holes in seq or pos were found; the logs of the business members name them"))
+    } else if snapshot.hearing {
+        ("Unknown", "control is new and still listens to the members".to_owned())
+    } else if snapshot.unowned > 0 {
+        ("Unknown", format!("{} of {} shards have no owner that lives", snapshot.unowned, snapshot.shards))
+    } else if lag_s.is_some_and(|lag| lag > LAG_UNKNOWN_S) {
+        ("Unknown", format!("some recipients have not been notified for {:.0} s", lag_s.unwrap_or_default()))
+    } else {
+        ("True", "no hole in any log, every shard has an owner, everybody is notified in time".to_owned())
+    };
+    Verdict { status: status.to_owned(), reason }
+}
+
+/// One word for a member.
+pub(super) fn member_state(process: ProcessState, leaving: Option<&str>, joined: bool, heard: bool) -> String {
+    let word = match (process, leaving) {
+        (ProcessState::Waiting, _) => "waiting",
+        (ProcessState::Stopping, _) => "stopping",
+        (ProcessState::Running, Some(word)) => word,
+        (ProcessState::Running, None) if heard => "ready",
+        (ProcessState::Running, None) if joined => "silent",
+        (ProcessState::Running, None) => "starting",
+    };
+    word.to_owned()
+}
+
+/// A moment in RFC 3339, UTC, whole milliseconds.
+pub fn rfc3339(at: SystemTime) -> String {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let (days, of_day) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    // Civil from days, by Howard Hinnant ("chrono-Compatible Low-Level Date Algorithms"): years begin in March.
+    let shifted = days + 719_468;
+    let era = shifted / 146_097;
+    let day_of_era = shifted % 146_097;
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (of_day / 3_600, of_day / 60 % 60, of_day % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", since.subsec_millis())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_are_written_as_in_rfc_3339() {
+        for (millis, text) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_399_999, "2000-02-28T23:59:59.999Z"),
+            (951_782_400_000, "2000-02-29T00:00:00.000Z"),
+            (1_735_689_599_000, "2024-12-31T23:59:59.000Z"),
+            (4_107_542_400_001, "2100-03-01T00:00:00.001Z"),
+        ] {
+            assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_millis(millis)), text);
+        }
+    }
+}

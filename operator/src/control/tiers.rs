@@ -1,0 +1,260 @@
+//! How a tier gets from the members that run to the number that is wanted: pure, one round at a time.
+//!
+//! A member leaves in two steps. First what it holds goes elsewhere (a gateway's connections are shed, a business member's
+//! shards are moved), then its process is stopped. Until then the way back is open: a tier that grows again takes back who
+//! is leaving before it starts anybody new. Members with an outdated configuration are replaced the same way, one at a
+//! time: one more is started, and once all are ready an outdated one leaves.
+
+use crate::platform::Tier;
+use std::collections::BTreeSet;
+
+/// How far a member is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Stage {
+    /// Its process is there, but it does not serve (not yet, or not now).
+    Starting,
+    /// It serves.
+    Ready,
+    /// What it holds goes elsewhere.
+    Leaving {
+        /// Nothing is left.
+        empty: bool,
+        /// It should have been empty by now.
+        overdue: bool,
+    },
+    /// Its process was told to end. Its name is in use until it has.
+    Stopping,
+}
+
+/// A member of the tier, as a round sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TierMember {
+    /// Its number within the tier.
+    pub index: u32,
+    /// How far it is.
+    pub stage: Stage,
+    /// What it holds: connections, or shards.
+    pub cost: u64,
+    /// It runs with a configuration that is no longer wanted.
+    pub outdated: bool,
+}
+
+/// What a round does with a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Step {
+    /// Start a new one.
+    Start(u32),
+    /// Begin to move away what it holds.
+    Leave(u32),
+    /// Keep it after all.
+    Return(u32),
+    /// End its process.
+    Stop(u32),
+}
+
+/// The next steps towards `desired` members.
+pub fn next_steps(tier: Tier, desired: u32, members: &[TierMember]) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut leaving: Vec<&TierMember> = Vec::new();
+    for member in members {
+        if let Stage::Leaving { empty, overdue } = member.stage {
+            match (empty, overdue, tier) {
+                // The rest of an overdue gateway's connections is closed by its own end.
+                (true, _, _) | (_, true, Tier::Gateway) => steps.push(Step::Stop(member.index)),
+                // Shards that could not be moved would be without owner for a moment: it rather stays.
+                (false, true, Tier::Business) => steps.push(Step::Return(member.index)),
+                (false, false, _) => leaving.push(member),
+            }
+        }
+    }
+    let serves = |member: &&TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
+    let serving: Vec<&TierMember> = members.iter().filter(serves).collect();
+    let all_ready = serving.iter().all(|member| member.stage == Stage::Ready);
+    let surge = u32::from(serving.iter().any(|member| member.outdated));
+    let count = serving.len() as u32;
+    let allowed = if all_ready { desired } else { desired + surge };
+
+    if count < desired + surge {
+        let mut missing = desired + surge - count;
+        // The least drained first: it has most left to keep.
+        leaving.retain(|member| !member.outdated);
+        leaving.sort_by_key(|member| (std::cmp::Reverse(member.cost), member.index));
+        for member in leaving {
+            if missing > 0 {
+                steps.push(Step::Return(member.index));
+                missing -= 1;
+            }
+        }
+        let taken: BTreeSet<u32> = members.iter().map(|member| member.index).collect();
+        steps.extend((0..).filter(|index| !taken.contains(index)).take(missing as usize).map(Step::Start));
+    } else if count > allowed {
+        let mut excess = (count - allowed) as usize;
+        // Who never got ready and holds nothing goes first, all in one step, and needs no leaving. While outdated members
+        // are being replaced their successors are exactly such members, and are spared.
+        let mut idle: Vec<&&TierMember> =
+            serving.iter().filter(|member| member.stage == Stage::Starting && member.cost == 0).collect();
+        idle.sort_by_key(|member| (!member.outdated, std::cmp::Reverse(member.index)));
+        for member in idle.into_iter().take(excess) {
+            steps.push(Step::Stop(member.index));
+            excess -= 1;
+        }
+        let mut ready: Vec<&&TierMember> = serving.iter().filter(|member| member.stage == Stage::Ready).collect();
+        let rest_ready =
+            serving.iter().filter(|member| member.stage != Stage::Ready).count() == count_stops(&steps, &serving);
+        if rest_ready {
+            ready.sort_by_key(|member| (!member.outdated, member.cost, std::cmp::Reverse(member.index)));
+            steps.extend(ready.into_iter().take(excess).map(|member| Step::Leave(member.index)));
+        }
+    }
+    steps
+}
+
+/// How many of the serving members are already to be stopped.
+fn count_stops(steps: &[Step], serving: &[&TierMember]) -> usize {
+    serving.iter().filter(|member| steps.contains(&Step::Stop(member.index))).count()
+}
+
+/// Connections a second that one draining gateway may shed: its part of what the others can take in. A fifth of their
+/// connect rate, because reconnecting costs more than staying, and their own clients come and go as well.
+pub fn drain_rate(rate_max: u32, connect_rate: u32, connections_max: u32, draining: usize, others: &[u64]) -> f64 {
+    let room: u64 = others.iter().map(|connections| u64::from(connections_max).saturating_sub(*connections)).sum();
+    let intake = 0.2 * f64::from(connect_rate) * others.len() as f64;
+    // Without room shedding would only move the crowd in circles.
+    intake.min(f64::from(rate_max)).min(room as f64) / draining.max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn member(index: u32, stage: Stage, cost: u64) -> TierMember {
+        TierMember { index, stage, cost, outdated: false }
+    }
+
+    const LEAVING: Stage = Stage::Leaving { empty: false, overdue: false };
+
+    #[test]
+    fn grows_by_the_lowest_names_that_no_process_has() {
+        let members = [member(0, Stage::Ready, 5), member(2, Stage::Stopping, 0)];
+        assert_eq!(next_steps(Tier::Gateway, 3, &members), [Step::Start(1), Step::Start(3)]);
+        assert_eq!(next_steps(Tier::Gateway, 1, &members), []);
+    }
+
+    #[test]
+    fn growing_takes_back_the_least_drained_before_it_starts_anybody() {
+        let members = [member(0, Stage::Ready, 9), member(1, LEAVING, 3), member(2, LEAVING, 7)];
+        assert_eq!(next_steps(Tier::Gateway, 2, &members), [Step::Return(2)]);
+        assert_eq!(next_steps(Tier::Gateway, 4, &members), [Step::Return(2), Step::Return(1), Step::Start(3)]);
+    }
+
+    #[test]
+    fn the_cheapest_leaves_and_the_newest_on_a_tie() {
+        let members = [member(0, Stage::Ready, 3), member(1, Stage::Ready, 2), member(2, Stage::Ready, 2)];
+        assert_eq!(next_steps(Tier::Gateway, 2, &members), [Step::Leave(2)]);
+        assert_eq!(next_steps(Tier::Business, 1, &members), [Step::Leave(2), Step::Leave(1)]);
+    }
+
+    #[test]
+    fn who_never_got_ready_goes_first_and_nobody_leaves_while_another_is_not_ready() {
+        let starting = member(3, Stage::Starting, 0);
+        let members =
+            [member(0, Stage::Ready, 3), member(1, Stage::Ready, 0), starting.clone(), member(4, Stage::Starting, 0)];
+        assert_eq!(next_steps(Tier::Gateway, 2, &members), [Step::Stop(4), Step::Stop(3)]);
+        assert_eq!(next_steps(Tier::Gateway, 3, &members), [Step::Stop(4)]);
+        assert_eq!(next_steps(Tier::Gateway, 1, &members), [Step::Stop(4), Step::Stop(3), Step::Leave(1)]);
+        let lost = [member(0, Stage::Ready, 3), member(1, Stage::Ready, 1), member(2, Stage::Starting, 4)];
+        assert_eq!(next_steps(Tier::Business, 2, &lost), [], "2 still holds something and does not answer");
+    }
+
+    #[test]
+    fn an_empty_one_is_stopped_and_an_overdue_one_by_its_tier() {
+        let empty = [member(0, Stage::Ready, 1), member(1, Stage::Leaving { empty: true, overdue: false }, 0)];
+        assert_eq!(next_steps(Tier::Gateway, 1, &empty), [Step::Stop(1)]);
+        let overdue = [member(0, Stage::Ready, 1), member(1, Stage::Leaving { empty: false, overdue: true }, 9)];
+        assert_eq!(next_steps(Tier::Gateway, 1, &overdue), [Step::Stop(1)]);
+        assert_eq!(next_steps(Tier::Business, 1, &overdue), [Step::Return(1)]);
+    }
+
+    /// Plays rounds in which every step succeeds, until nothing is left to do.
+    fn settle(tier: Tier, desired: u32, mut members: Vec<TierMember>) -> (Vec<TierMember>, Vec<u32>) {
+        let mut ready_counts = Vec::new();
+        for _ in 0..100 {
+            let steps = next_steps(tier, desired, &members);
+            if steps.is_empty() && members.iter().all(|m| m.stage == Stage::Ready) {
+                return (members, ready_counts);
+            }
+            for step in &steps {
+                match *step {
+                    Step::Start(index) => {
+                        assert!(members.iter().all(|m| m.index != index), "name {index} is in use");
+                        members.push(member(index, Stage::Starting, 0));
+                    }
+                    Step::Leave(index) => change(&mut members, index, LEAVING),
+                    Step::Return(index) => change(&mut members, index, Stage::Ready),
+                    Step::Stop(index) => change(&mut members, index, Stage::Stopping),
+                }
+            }
+            ready_counts.push(members.iter().filter(|m| m.stage == Stage::Ready).count() as u32);
+            members.retain(|m| m.stage != Stage::Stopping);
+            for m in &mut members {
+                m.stage = match m.stage {
+                    Stage::Starting => Stage::Ready,
+                    Stage::Leaving { .. } => Stage::Leaving { empty: true, overdue: false },
+                    other => other,
+                };
+            }
+        }
+        panic!("does not settle: {members:?}");
+    }
+
+    fn change(members: &mut [TierMember], index: u32, stage: Stage) {
+        let found = members.iter_mut().find(|m| m.index == index).expect("steps are about members");
+        found.stage = stage;
+    }
+
+    #[test]
+    fn a_new_configuration_replaces_all_without_ever_serving_with_fewer() {
+        let outdated = |index| TierMember { outdated: true, ..member(index, Stage::Ready, 10) };
+        let (members, ready_counts) = settle(Tier::Gateway, 3, (0..3).map(outdated).collect());
+        assert_eq!(members.len(), 3);
+        assert!(members.iter().all(|m| !m.outdated));
+        assert!(ready_counts.iter().all(|ready| *ready >= 3), "{ready_counts:?}");
+    }
+
+    #[test]
+    fn the_drain_rate_follows_what_the_others_can_take() {
+        assert_eq!(drain_rate(500, 1_000, 10_000, 1, &[0, 0]), 400.0);
+        assert_eq!(drain_rate(50, 1_000, 10_000, 1, &[0, 0]), 50.0);
+        assert_eq!(drain_rate(500, 1_000, 10_000, 2, &[0, 0]), 200.0);
+        assert_eq!(drain_rate(500, 1_000, 10_000, 1, &[10_000]), 0.0);
+        assert_eq!(drain_rate(500, 1_000, 10_000, 1, &[]), 0.0);
+    }
+
+    fn any_stage() -> impl Strategy<Value = Stage> {
+        prop_oneof![
+            Just(Stage::Starting),
+            Just(Stage::Ready),
+            (any::<bool>(), any::<bool>()).prop_map(|(empty, overdue)| Stage::Leaving { empty, overdue }),
+            Just(Stage::Stopping),
+        ]
+    }
+
+    proptest! {
+        /// From any state a tier gets to the number wanted, all of them up to date, and stays there.
+        #[test]
+        fn every_tier_settles_at_what_is_wanted(
+            stages in proptest::collection::vec((any_stage(), 0_u64..100, any::<bool>()), 0..8),
+            desired in 1_u32..6,
+            gateway in any::<bool>(),
+        ) {
+            let tier = if gateway { Tier::Gateway } else { Tier::Business };
+            let members = stages.into_iter().enumerate().map(|(i, (stage, cost, outdated))| TierMember {
+                index: i as u32, stage, cost, outdated,
+            });
+            let (settled, _) = settle(tier, desired, members.collect());
+            prop_assert_eq!(settled.len() as u32, desired);
+            prop_assert!(settled.iter().all(|m| !m.outdated));
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! `imcluster`: runs an IM cluster on this machine, shows how it is, prints the Kubernetes types.
+
+use clap::{Args, Parser, Subcommand};
+use im_crds::{ImCluster, ShardMap};
+use im_operator::up::data_dir::DataDir;
+use im_operator::{console, control, up};
+use kube::CustomResourceExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Exit code for input that can't be used, as opposed to something that went wrong.
+const EXIT_INPUT: u8 = 2;
+
+/// An instant-messaging cluster whose tiers scale out and in by themselves.
+#[derive(Parser)]
+#[command(version, about, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the ImCluster of FILE on this machine, until Ctrl-C.
+    ///
+    /// FILE is the YAML that `kubectl apply` takes. It is followed: what you save is what runs; a bad FILE is refused with
+    /// the field's path and the reason, and what ran before goes on. Exit code 2: FILE or the data directory can't be used.
+    Up {
+        /// The ImCluster.
+        file: PathBuf,
+        #[command(flatten)]
+        data: DataDirArg,
+        /// Where the console (web page and /status) listens, IP:PORT, or `off`.
+        #[arg(long, default_value = "127.0.0.1:8090", value_parser = console_address)]
+        console: String,
+        /// Directory of the im-gateway and im-business programs [default: where imcluster lies]
+        #[arg(long, env = "IMCLUSTER_PROGRAMS", hide = true)]
+        programs: Option<PathBuf>,
+    },
+    /// Show tiers, replicas and why, shards, moves, lag and whether a message was lost.
+    ///
+    /// Exit code 1: no `imcluster up` answers for that data directory.
+    Status {
+        #[command(flatten)]
+        data: DataDirArg,
+        /// Format of what is printed.
+        #[arg(short, long, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Print the CustomResourceDefinitions as YAML, for `kubectl apply -f -`.
+    Crds,
+    /// The control service. `imcluster up` starts it.
+    #[command(hide = true)]
+    Control {
+        #[command(flatten)]
+        data: DataDirArg,
+        #[arg(long, default_value = "off")]
+        console: String,
+        #[arg(long, default_value = "")]
+        paths_from: PathBuf,
+    },
+    /// Become PROGRAM, and die with the process PARENT. `imcluster up` starts its children through this.
+    #[command(hide = true)]
+    Child {
+        #[arg(long)]
+        parent: u32,
+        #[arg(last = true, required = true)]
+        program: Vec<String>,
+    },
+}
+
+#[derive(Args)]
+struct DataDirArg {
+    /// Where messages, logs and members.json are kept.
+    #[arg(long, env = "IMCLUSTER_DATA_DIR", default_value = "imcluster-data", value_name = "DIR")]
+    data_dir: PathBuf,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Format {
+    /// For people.
+    Table,
+    /// For programs: the console's document.
+    Json,
+}
+
+fn console_address(text: &str) -> Result<String, String> {
+    match text.parse::<std::net::SocketAddr>() {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) if text == "off" => Ok(text.to_owned()),
+        Err(_) => Err("write IP:PORT, for example 127.0.0.1:8090, or `off`".to_owned()),
+    }
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Up { file, data, console, programs } => run_up(file, data.data_dir, console, programs),
+        Command::Status { data, output } => on_runtime(run_status(data.data_dir, output)),
+        Command::Crds => print_crds(),
+        Command::Control { data, console, paths_from } => run_control(data.data_dir, console, paths_from),
+        Command::Child { parent, program } => {
+            let Some((program, args)) = program.split_first() else { return ExitCode::from(EXIT_INPUT) };
+            let error = up::become_child(parent, program.as_ref(), args);
+            fail(format!("{program}: {error}"), 1)
+        }
+    }
+}
+
+fn fail(problem: impl std::fmt::Display, code: u8) -> ExitCode {
+    eprintln!("imcluster: {problem}");
+    ExitCode::from(code)
+}
+
+/// A runtime on this very thread: for `up` that matters, see its module.
+fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {
+    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(work),
+        Err(error) => fail(format!("no runtime: {error}"), 1),
+    }
+}
+
+fn run_up(file: PathBuf, data_dir: PathBuf, console: String, programs: Option<PathBuf>) -> ExitCode {
+    let imcluster = match std::env::current_exe() {
+        Ok(path) => path,
+        Err(error) => return fail(format!("this program's own path is not known: {error}"), 1),
+    };
+    let beside = imcluster.parent().map(PathBuf::from).unwrap_or_default();
+    let options = up::Options { file, data_dir, console, programs: programs.unwrap_or(beside), imcluster };
+    on_runtime(async move {
+        match up::run(options).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error @ (up::UpError::File { .. } | up::UpError::Refused { .. } | up::UpError::DataDir(_))) => {
+                fail(error, EXIT_INPUT)
+            }
+            Err(error @ up::UpError::System { .. }) => fail(error, 1),
+        }
+    })
+}
+
+fn run_control(data_dir: PathBuf, console: String, paths_from: PathBuf) -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(format!("no runtime: {error}"), 1),
+    };
+    let options = control::Options { data_dir, console, paths_from };
+    match runtime.block_on(control::run(options)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run_status(data_dir: PathBuf, output: Format) -> ExitCode {
+    let data = match DataDir::open(&data_dir) {
+        Ok(data) => data,
+        Err(error) => return fail(format!("{error}: is that the --data-dir of an `imcluster up`?"), 1),
+    };
+    let status = match console::fetch(&data.status_socket()).await {
+        Ok(status) => status,
+        Err(error) => return fail(error, 1),
+    };
+    match output {
+        Format::Table => print!("{}", console::table(&status)),
+        Format::Json => match serde_json::to_string_pretty(&status) {
+            Ok(json) => println!("{json}"),
+            Err(error) => return fail(error, 1),
+        },
+    }
+    ExitCode::SUCCESS
+}
+
+fn print_crds() -> ExitCode {
+    for crd in [ImCluster::crd(), ShardMap::crd()] {
+        match serde_norway::to_string(&crd) {
+            Ok(yaml) => print!("---\n{yaml}"),
+            Err(error) => return fail(error, 1),
+        }
+    }
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,30 @@
+//! The contracts between the tiers: gRPC messages, ids, the topic grammar, the shard hash, and the router that carries requests to
+//! whoever owns a shard.
+//!
+//! Invariant of this crate: it decides nothing about chat. It knows how a request finds an owner, not what the request means.
+#![allow(missing_docs)] // generated code; what is written by hand is documented
+
+pub mod ids;
+pub mod links;
+pub mod router;
+pub mod topic;
+
+/// Gateway ↔ business and business ↔ business.
+pub mod link {
+    tonic::include_proto!("im.link.v1");
+}
+
+/// Members ↔ the control service.
+pub mod control {
+    tonic::include_proto!("im.control.v1");
+}
+
+/// Business ↔ the store member.
+pub mod store {
+    tonic::include_proto!("im.store.v1");
+}
+
+/// Values of the store's items.
+pub mod state {
+    tonic::include_proto!("im.state.v1");
+}

@@ -1,0 +1,269 @@
+//! The thin async side of links: outboxes that batch what waits into one gRPC message, and a pool that keeps one link to each business member.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio_stream::{Stream, StreamExt};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::Endpoint;
+
+use crate::ids::MemberId;
+use crate::link::link_client::LinkClient;
+use crate::link::{ClientFrame, ClientFrames, Hello, Role, ServerFrame, client_frame, server_frame};
+
+/// How often a link's client pings its owner.
+pub const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// A link that was silent for so long is gone, whatever TCP says.
+pub const LINK_SILENCE_MAX: Duration = Duration::from_secs(3);
+/// The largest gRPC message of a link, bytes.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// Frames that one gRPC message carries at most.
+const FRAMES_PER_MESSAGE_MAX: usize = 1_024;
+
+/// The outbox is full: its reader is too slow, and the link should end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the link's outbox is full: the other side reads too slowly")]
+pub struct Overflow;
+
+/// A bounded queue of frames whose reader takes all that waits as one message: the busier the link, the larger its batches.
+#[derive(Debug)]
+pub struct Outbox<F> {
+    state: Mutex<OutboxState<F>>,
+    frames_max: usize,
+}
+
+#[derive(Debug)]
+struct OutboxState<F> {
+    frames: Vec<F>,
+    waker: Option<Waker>,
+    closed: bool,
+}
+
+impl<F> Outbox<F> {
+    /// An outbox that holds at most `frames_max` frames.
+    pub fn new(frames_max: usize) -> Arc<Self> {
+        let state = OutboxState { frames: Vec::new(), waker: None, closed: false };
+        Arc::new(Self { state: Mutex::new(state), frames_max })
+    }
+
+    /// Puts frames in; a closed outbox drops them.
+    ///
+    /// # Errors
+    /// [`Overflow`] if they do not fit; the outbox is closed then, because a link with a hole in it is worse than none.
+    pub fn push(&self, frames: impl IntoIterator<Item = F>) -> Result<(), Overflow> {
+        let mut state = self.state.lock();
+        if state.closed {
+            return Ok(());
+        }
+        state.frames.extend(frames);
+        let full = state.frames.len() > self.frames_max;
+        state.closed = full;
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        if full { Err(Overflow) } else { Ok(()) }
+    }
+
+    /// Ends the stream after what is queued.
+    pub fn close(&self) {
+        let mut state = self.state.lock();
+        state.closed = true;
+        if let Some(waker) = state.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// The reading end: all that waits, at most 1,024 frames a time.
+    pub fn reader(self: &Arc<Self>) -> OutboxReader<F> {
+        OutboxReader(self.clone())
+    }
+}
+
+/// The reading end of an [`Outbox`], which it closes when dropped.
+#[derive(Debug)]
+pub struct OutboxReader<F>(Arc<Outbox<F>>);
+
+impl<F> Drop for OutboxReader<F> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl<F> Stream for OutboxReader<F> {
+    type Item = Vec<F>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Vec<F>>> {
+        let mut state = self.0.state.lock();
+        if state.frames.is_empty() {
+            if state.closed {
+                return Poll::Ready(None);
+            }
+            state.waker = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        if state.frames.len() <= FRAMES_PER_MESSAGE_MAX {
+            return Poll::Ready(Some(std::mem::take(&mut state.frames)));
+        }
+        let rest = state.frames.split_off(FRAMES_PER_MESSAGE_MAX);
+        Poll::Ready(Some(std::mem::replace(&mut state.frames, rest)))
+    }
+}
+
+/// What a pool tells its user; called from the link's own task, in order per member.
+#[derive(Debug)]
+pub enum LinkEvent {
+    /// The stream is open and Hello is on its way.
+    Up(MemberId),
+    /// Frames of the owner, pongs left out.
+    Frames(MemberId, Vec<ServerFrame>),
+    /// The stream ended; the pool dials again by itself.
+    Down(MemberId),
+}
+
+/// Receives a pool's events. Must not block for long: the link's reading stops meanwhile (which is the back-pressure).
+pub type LinkHandler = Arc<dyn Fn(LinkEvent) -> BoxFuture<'static, ()> + Send + Sync>;
+
+/// Keeps one link to each member that it was told of.
+pub struct LinkPool {
+    me: MemberId,
+    role: Role,
+    token: Option<MetadataValue<Ascii>>,
+    handler: LinkHandler,
+    links: Mutex<HashMap<MemberId, PooledLink>>,
+}
+
+struct PooledLink {
+    outbox: Arc<Mutex<Option<Arc<Outbox<ClientFrame>>>>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for PooledLink {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl LinkPool {
+    /// A pool that dials as `me`; `token` authenticates this tier to the other.
+    pub fn new(me: MemberId, role: Role, token: Option<&str>, handler: LinkHandler) -> Arc<Self> {
+        let token = token.and_then(|token| MetadataValue::try_from(format!("Bearer {token}")).ok());
+        Arc::new(Self { me, role, token, handler, links: Mutex::new(HashMap::new()) })
+    }
+
+    /// Dials who is new and drops who is gone. Must be called within a tokio runtime.
+    pub fn set_members(self: &Arc<Self>, members: &[(MemberId, String)]) {
+        let mut links = self.links.lock();
+        links.retain(|member, _| members.iter().any(|(m, _)| m == member));
+        for (member, address) in members {
+            if *member != self.me && !links.contains_key(member) {
+                let outbox = Arc::new(Mutex::new(None));
+                let task = tokio::spawn(self.clone().keep(member.clone(), address.clone(), outbox.clone()));
+                links.insert(member.clone(), PooledLink { outbox, task });
+            }
+        }
+    }
+
+    /// Puts frames on the link to a member. Without one they are dropped: the router sends again what matters when the link is up.
+    pub fn send(&self, to: &MemberId, frames: impl IntoIterator<Item = ClientFrame>) {
+        let outbox = self.links.lock().get(to).and_then(|link| link.outbox.lock().clone());
+        if let Some(outbox) = outbox
+            && outbox.push(frames).is_err()
+        {
+            tracing::warn!(member = %to, "the outbox to a business member overflowed: the link is dialled again");
+        }
+    }
+
+    async fn keep(self: Arc<Self>, member: MemberId, address: String, slot: Arc<Mutex<Option<Arc<Outbox<ClientFrame>>>>>) {
+        let mut pause = Duration::from_millis(20);
+        loop {
+            let opened = Instant::now();
+            let outcome = self.run(&member, &address, &slot).await;
+            if slot.lock().take().is_some() {
+                (self.handler)(LinkEvent::Down(member.clone())).await;
+            }
+            if let Err(error) = outcome {
+                tracing::debug!(%member, %address, %error, "link");
+            }
+            pause = if opened.elapsed() > LINK_SILENCE_MAX { Duration::from_millis(20) } else { (pause * 2).min(PING_INTERVAL) };
+            tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        }
+    }
+
+    async fn run(
+        &self,
+        member: &MemberId,
+        address: &str,
+        slot: &Mutex<Option<Arc<Outbox<ClientFrame>>>>,
+    ) -> Result<(), tonic::Status> {
+        let unavailable = |error: tonic::transport::Error| tonic::Status::unavailable(error.to_string());
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(unavailable)?;
+        let endpoint = endpoint.connect_timeout(PING_INTERVAL).tcp_nodelay(true);
+        let endpoint = endpoint.initial_stream_window_size(4 << 20).initial_connection_window_size(8 << 20);
+        let channel = endpoint.connect().await.map_err(unavailable)?;
+        let mut client = LinkClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
+
+        let outbox = Outbox::new(1 << 20);
+        let hello = Hello { member: self.me.to_string(), role: self.role.into() };
+        let frame = |frame| ClientFrame { frame: Some(frame) };
+        let push = |f| outbox.push([frame(f)]).map_err(|overflow| tonic::Status::resource_exhausted(overflow.to_string()));
+        push(client_frame::Frame::Hello(hello))?;
+        let mut request = tonic::Request::new(outbox.reader().map(|frames| ClientFrames { frames }));
+        if let Some(token) = &self.token {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        let answer = timeout(LINK_SILENCE_MAX, client.open(request)).await;
+        let mut inbound = answer.map_err(|_| tonic::Status::deadline_exceeded("no answer to Hello"))??.into_inner();
+        *slot.lock() = Some(outbox.clone());
+        (self.handler)(LinkEvent::Up(member.clone())).await;
+
+        let mut ping = interval(PING_INTERVAL);
+        ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut heard = Instant::now();
+        let mut number = 0;
+        loop {
+            tokio::select! {
+                message = inbound.message() => {
+                    let Some(message) = message? else { return Ok(()) };
+                    heard = Instant::now();
+                    let mut frames = message.frames;
+                    frames.retain(|frame| !matches!(frame.frame, Some(server_frame::Frame::Pong(_)) | None));
+                    if !frames.is_empty() {
+                        (self.handler)(LinkEvent::Frames(member.clone(), frames)).await;
+                    }
+                }
+                _ = ping.tick() => {
+                    if heard.elapsed() > LINK_SILENCE_MAX {
+                        return Err(tonic::Status::deadline_exceeded("the owner's loop was silent for 3 s"));
+                    }
+                    number += 1;
+                    push(client_frame::Frame::Ping(number))?;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_outbox_batches_and_is_bounded() {
+        let outbox = Outbox::new(2_000);
+        let mut reader = outbox.reader();
+        outbox.push(0..1_500).expect("room");
+        assert_eq!(reader.next().await.map(|batch| batch.len()), Some(FRAMES_PER_MESSAGE_MAX));
+        assert_eq!(reader.next().await.map(|batch| batch.len()), Some(1_500 - FRAMES_PER_MESSAGE_MAX));
+        assert_eq!(outbox.push(0..2_001), Err(Overflow));
+        outbox.push(0..1).expect("a closed outbox drops");
+    }
+}
