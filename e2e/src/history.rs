@@ -630,7 +630,9 @@ impl History {
             message.connection = connection;
             message.sending = now;
             if message.answer == Answer::Refused {
+                // It was not stored: its place in the order is that of this attempt.
                 message.answer = Answer::None;
+                message.first_sending = now;
             }
             return;
         }
@@ -993,7 +995,7 @@ impl History {
         let mut acked: Vec<&Message> =
             self.messages.iter().filter(|message| message.answer == Answer::Acked && message.seq > 0).collect();
         let key = |message: &Message| (message.session, message.conversation, message.connection);
-        acked.sort_unstable_by_key(|message| (key(message), message.sending));
+        acked.sort_unstable_by_key(|message| (key(message), message.first_sending));
         for pair in acked.windows(2) {
             let [earlier, later] = pair else { continue };
             // Without an id on the wire a resend is stored anew, under a later number than the first.

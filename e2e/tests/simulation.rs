@@ -116,7 +116,7 @@ enum What {
 }
 
 /// What a person says on a connection.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 enum Said {
     Subscribe,
     Publish { packet_id: u16, topic: String, id: String, payload: String },
@@ -294,7 +294,26 @@ impl World {
 
     fn judge(&self, seed: u64) {
         let report = self.history.check();
-        let problem = |what: &str| panic!("SIM_SEED={seed}: {what}\n{report}\n{:#?}", report.violations);
+        let state = |person: &Person| {
+            let session = person.connection.and_then(|connection| {
+                let (i, gateway) = self.gateways.iter().enumerate().find(|(_, gateway)| gateway.sessions.contains_key(&connection))?;
+                Some(format!("on {} {:?}", gateway.id, self.gateways[i].sessions[&connection]))
+            });
+            let (name, unanswered) = (&person.name, person.unanswered.len());
+            format!("{name}: connection {:?}, subscribed {}, unanswered {unanswered}, {session:?}", person.connection, person.subscribed)
+        };
+        let problem = |what: &str| {
+            let people: Vec<String> = self.people.iter().map(state).collect();
+            let routers: Vec<String> = self.gateways.iter().map(|gateway| format!("{}: {:?}", gateway.id, gateway.router)).collect();
+            let cores = self.business.iter().filter_map(|member| member.core.as_ref());
+            let slots: Vec<String> =
+                cores.flat_map(|core| (0..SHARDS).map(move |shard| format!("{} shard {shard}: {}", core.me(), core.describe(shard)))).collect();
+            let now = Duration::from_micros(self.now);
+            let control = self.coordinator.as_ref().map(|coordinator| coordinator.snapshot(now));
+            let violations = &report.violations;
+            let (people, routers, slots) = (people.join("\n"), routers.join("\n"), slots.join("\n"));
+            panic!("SIM_SEED={seed}: {what}\n{report}\n{violations:#?}\n{people}\n{routers}\n{slots}\n{control:?}")
+        };
         if !report.is_clean() {
             problem("an invariant is violated");
         }
@@ -362,6 +381,9 @@ impl World {
     // ---- what happens ------------------------------------------------------------------------------------------------------
 
     fn happen(&mut self, what: What) {
+        if let Ok(traced) = std::env::var("SIM_TRACE") {
+            self.trace(&traced, &what);
+        }
         match what {
             What::BusinessTick(i, boot) if self.business[i].boot == boot && self.business[i].core.is_some() => {
                 self.after(50 * MS, What::BusinessTick(i, boot));
@@ -437,6 +459,57 @@ impl World {
             What::ToPerson(person, connection, bytes) => self.to_person(person, connection, &bytes),
             What::Connect(person) => self.connect(person),
             What::ConnectionEnds(person, connection) => self.connection_ends(person, connection),
+        }
+    }
+
+    /// Prints what concerns messages whose ids are in `traced`.
+    fn trace(&self, traced: &str, what: &What) {
+        let concerns = |text: &str| traced.split(',').any(|id| text.contains(id));
+        let ms = self.now / MS;
+        match what {
+            What::ToSession(person, connection, said @ Said::Publish { id, .. }) if concerns(id) => {
+                println!("{ms} p{person} on {connection} says {said:?}");
+            }
+            What::ToPerson(person, connection, bytes) => {
+                let mut bytes = BytesMut::from(&bytes[..]);
+                while let Ok(Some(packet)) = wire::decode(wire::Version::V5, &mut bytes) {
+                    let text = format!("{packet:?}");
+                    if concerns(&text) || traced.contains(&format!("p{person}!")) {
+                        println!("{ms} p{person} on {connection} hears {text}");
+                    }
+                }
+            }
+            What::AskStore(i, boot, call, request) if concerns(&format!("{request:?}")) => {
+                println!("{ms} business-{i}.{boot} call {call} {request:?}");
+            }
+            What::StoreAnswers(i, boot, call, answer) if traced.contains("store") => {
+                println!("{ms} business-{i}.{boot} answer {call} {answer:?}");
+            }
+            What::ToServer(pipe, frames) => {
+                for frame in frames {
+                    if let Some(client_frame::Frame::Request(request)) = &frame.frame
+                        && concerns(&String::from_utf8_lossy(&request.body))
+                    {
+                        let pipe_of = &self.pipes[pipe];
+                        let (id, shard, epoch, again, oldest) = (request.id, request.shard, request.epoch, request.again, request.oldest);
+                        println!("{ms} {:?} -> {:?} request {id} shard {shard} epoch {epoch} again {again} oldest {oldest} open {}", pipe_of.client, pipe_of.server, pipe_of.open);
+                    }
+                }
+            }
+            What::ToClient(pipe, frames) => {
+                for frame in frames {
+                    let text = format!("{frame:?}");
+                    if concerns(&text) {
+                        let pipe = &self.pipes[pipe];
+                        println!("{ms} {:?} <- {:?} open {}: {text}", pipe.client, pipe.server, pipe.open);
+                    }
+                }
+            }
+            What::FromControl(member, command) if concerns(&format!("{:?}", command.command)) => println!("{ms} control tells {member} {:?}", command.command),
+            What::ToControl(member, report) if concerns(&format!("{report:?}")) => println!("{ms} {member} reports {report:?}"),
+            What::Restart(process) => println!("{ms} {process:?} restarts"),
+            What::ControlReturns | What::StoreReturns | What::Resume(_) => println!("{ms} something returns"),
+            _ => {}
         }
     }
 
@@ -791,6 +864,7 @@ impl World {
             let bytes = session.take_output().take_bytes();
             let mut effects = Effects::default();
             session.on_written(now_ms, &mut effects);
+            self.record_refusals(person, &bytes);
             let at = self.person_arrival(person, 1);
             self.at(at, What::ToPerson(person, connection, bytes));
             self.apply(i, connection, effects);
@@ -798,6 +872,17 @@ impl World {
         if self.gateways[i].sessions.get(&connection).is_some_and(Session::is_ended) {
             let at = self.person_arrival(person, 1);
             self.at(at, What::ConnectionEnds(person, connection));
+        }
+    }
+
+    /// A refusal counts from when it is said: the connection may end before it is heard.
+    fn record_refusals(&mut self, person: usize, bytes: &[u8]) {
+        let mut bytes = BytesMut::from(bytes);
+        while let Ok(Some(packet)) = wire::decode(wire::Version::V5, &mut bytes) {
+            let wire::Packet::PubAck { packet_id, code: 0x80.., .. } = packet else { continue };
+            if let Some((_, id, ..)) = self.people[person].unanswered.iter().find(|(id, ..)| *id == packet_id) {
+                self.history.record(Duration::from_micros(self.now), Seen::Refused { id: *id });
+            }
         }
     }
 
@@ -811,9 +896,8 @@ impl World {
                 router::Output::Done(Token::Session(connection, ticket), outcome) => {
                     self.answer(i, connection, ticket, Answer::Outcome(outcome));
                 }
-                router::Output::Lost(Token::Session(connection, ticket)) => self.answer(i, connection, ticket, Answer::Lost),
                 router::Output::Done(Token::CreateGroup, _) => self.group_created = true,
-                router::Output::Done(..) | router::Output::Lost(_) => {}
+                router::Output::Done(..) => {}
                 router::Output::Ready { shard, .. } => {
                     let connections: Vec<u64> = self.gateways[i].sessions.keys().copied().collect();
                     for connection in connections {

@@ -91,7 +91,9 @@ impl Auth {
     pub fn new(config: &AuthConfig, service_tokens: Option<&Path>) -> Result<Self, AuthError> {
         let users = match config {
             AuthConfig::Insecure {} => {
-                tracing::warn!("auth is INSECURE: every password is taken; never let this gateway be reached from outside");
+                tracing::warn!(
+                    "auth is INSECURE: every password is taken; never let this gateway be reached from outside"
+                );
                 Users::Insecure
             }
             AuthConfig::Jwt { keys_file, jwks_file, audience, issuer } => {
@@ -99,19 +101,32 @@ impl Auth {
                     (_, Some(path)) => (path.clone(), true),
                     (Some(path), None) => (path.clone(), false),
                     (None, None) => {
-                        return Err(AuthError::Keys { path: PathBuf::new(), what: "give keysFile or jwksFile".to_owned() });
+                        return Err(AuthError::Keys {
+                            path: PathBuf::new(),
+                            what: "give keysFile or jwksFile".to_owned(),
+                        });
                     }
                 };
                 let keys = read_keys(&path, is_key_set)?;
                 let loaded = Mutex::new(Loaded { keys, modified: modified(&path), looked: Instant::now() });
-                Users::Jwt(Box::new(Jwt { path, is_key_set, audience: audience.clone(), issuer: issuer.clone(), loaded }))
+                Users::Jwt(Box::new(Jwt {
+                    path,
+                    is_key_set,
+                    audience: audience.clone(),
+                    issuer: issuer.clone(),
+                    loaded,
+                }))
             }
         };
         let services = match service_tokens {
             None => Vec::new(),
             Some(path) => {
                 let text = read(path)?;
-                text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect()
+                text.lines()
+                    .map(str::trim)
+                    .filter(|line| !line.is_empty() && !line.starts_with('#'))
+                    .map(str::to_owned)
+                    .collect()
             }
         };
         Ok(Self { users, services })
@@ -144,7 +159,9 @@ impl Auth {
             Users::Jwt(jwt) => jwt.check(token).map_err(|(_, text)| text),
             Users::Insecure => match token.strip_prefix("insecure:").filter(|user| im_proto::ids::is_name(user)) {
                 Some(user) => Ok(Proof { user: user.to_owned(), expires_unix_s: None }),
-                None => Err("auth is insecure here: use `Bearer insecure:USER` or `Bearer insecure-service`".to_owned()),
+                None => {
+                    Err("auth is insecure here: use `Bearer insecure:USER` or `Bearer insecure-service`".to_owned())
+                }
             },
         }
     }
@@ -152,9 +169,11 @@ impl Auth {
     /// Whether a bearer token is a server's. Compared in a time that depends on lengths only.
     pub fn is_service(&self, token: &str) -> bool {
         let same = |other: &str| {
-            token.len() == other.len() && token.bytes().zip(other.bytes()).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
+            token.len() == other.len()
+                && token.bytes().zip(other.bytes()).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
         };
-        self.services.iter().any(|service| same(service)) || matches!(self.users, Users::Insecure) && token == "insecure-service"
+        self.services.iter().any(|service| same(service))
+            || matches!(self.users, Users::Insecure) && token == "insecure-service"
     }
 }
 
@@ -162,7 +181,8 @@ impl Jwt {
     fn check(&self, token: &str) -> Result<Proof, (Reason, String)> {
         let bad = |text: &str| (Reason::BadCredentials, text.to_owned());
         let header = decode_header(token).map_err(|_| bad("the token is no JSON Web Token"))?;
-        let mut problem = bad("no key here matches the token's alg and kid: use HS256, RS256, ES256 or EdDSA with a configured key");
+        let mut problem =
+            bad("no key here matches the token's alg and kid: use HS256, RS256, ES256 or EdDSA with a configured key");
         for key in self.keys() {
             let same_id = match (&key.id, &header.kid) {
                 (Some(have), Some(want)) => have == want,
@@ -187,12 +207,21 @@ impl Jwt {
                 validation.required_spec_claims.insert("iss".to_owned());
             }
             match decode::<Claims>(token, &key.key, &validation) {
-                Ok(token) => return Ok(Proof { user: token.claims.sub, expires_unix_s: Some(token.claims.exp.max(0.0) as u64) }),
+                Ok(token) => {
+                    return Ok(Proof {
+                        user: token.claims.sub,
+                        expires_unix_s: Some(token.claims.exp.max(0.0) as u64),
+                    });
+                }
                 Err(error) => {
                     use jsonwebtoken::errors::ErrorKind;
                     problem = match error.kind() {
-                        ErrorKind::ExpiredSignature => (Reason::NotAuthorized, "the token expired: get a new one".to_owned()),
-                        ErrorKind::ImmatureSignature => (Reason::NotAuthorized, "the token is not valid yet".to_owned()),
+                        ErrorKind::ExpiredSignature => {
+                            (Reason::NotAuthorized, "the token expired: get a new one".to_owned())
+                        }
+                        ErrorKind::ImmatureSignature => {
+                            (Reason::NotAuthorized, "the token is not valid yet".to_owned())
+                        }
                         _ => bad("the token's signature or claims (exp, sub, aud, iss) are not right"),
                     };
                 }
@@ -230,8 +259,10 @@ fn read(path: &Path) -> Result<String, AuthError> {
 fn read_keys(path: &Path, is_key_set: bool) -> Result<Vec<Key>, AuthError> {
     let text = read(path)?;
     let keys = if is_key_set {
-        let set: JwkSet = serde_json::from_str(&text)
-            .map_err(|error| AuthError::Keys { path: path.to_owned(), what: format!("no JSON Web Key Set: {error}") })?;
+        let set: JwkSet = serde_json::from_str(&text).map_err(|error| AuthError::Keys {
+            path: path.to_owned(),
+            what: format!("no JSON Web Key Set: {error}"),
+        })?;
         set.keys.iter().filter_map(key_of_jwk).collect()
     } else if text.contains("-----BEGIN") {
         let blocks = text.split("-----BEGIN").skip(1).map(|block| format!("-----BEGIN{block}"));
@@ -241,7 +272,8 @@ fn read_keys(path: &Path, is_key_set: bool) -> Result<Vec<Key>, AuthError> {
         if text.trim().is_empty() { Vec::new() } else { vec![Key { id: None, algorithm: Algorithm::HS256, key }] }
     };
     if keys.is_empty() {
-        let what = "expected public keys (RSA, P-256 or Ed25519) in PEM, a secret for HS256, or a JSON Web Key Set".to_owned();
+        let what =
+            "expected public keys (RSA, P-256 or Ed25519) in PEM, a secret for HS256, or a JSON Web Key Set".to_owned();
         return Err(AuthError::Keys { path: path.to_owned(), what });
     }
     Ok(keys)
@@ -267,4 +299,124 @@ fn key_of_pem(pem: &[u8]) -> Option<Key> {
         return key(Algorithm::ES256, ec);
     }
     DecodingKey::from_ed_pem(pem).ok().and_then(|ed| key(Algorithm::EdDSA, ed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use jsonwebtoken::{EncodingKey, Header, encode};
+    use serde_json::json;
+
+    const SECRET: &str = "a secret of some length for the test";
+
+    fn now_s() -> u64 {
+        SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
+    }
+
+    fn token(algorithm: Algorithm, secret: &str, claims: &serde_json::Value) -> String {
+        encode(&Header::new(algorithm), claims, &EncodingKey::from_secret(secret.as_bytes())).expect("a token")
+    }
+
+    fn file(name: &str, content: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("im-auth-{}-{name}", std::process::id()));
+        std::fs::write(&path, content).expect("a writable temporary folder");
+        path
+    }
+
+    fn jwt(keys: Option<&Path>, jwks: Option<&Path>) -> Auth {
+        let own = |path: &Path| path.to_owned();
+        let config = AuthConfig::Jwt {
+            keys_file: keys.map(own),
+            jwks_file: jwks.map(own),
+            audience: Some("im".to_owned()),
+            issuer: Some("idp".to_owned()),
+        };
+        Auth::new(&config, None).expect("usable keys")
+    }
+
+    #[test]
+    fn tokens_are_taken_and_refused_by_the_book() {
+        let path = file("secret", SECRET);
+        let auth = jwt(Some(&path), None);
+        let now = now_s();
+        let good = json!({ "sub": "alice", "exp": now + 60, "aud": "im", "iss": "idp" });
+        let with = |name: &str, value: serde_json::Value| {
+            let mut claims = good.clone();
+            claims[name] = value;
+            token(Algorithm::HS256, SECRET, &claims)
+        };
+        let ok = auth
+            .connect("alice", Some(token(Algorithm::HS256, SECRET, &good).as_bytes()), 5_000)
+            .expect("a good token");
+        assert!((64_000..=65_000).contains(&ok.expires_at_ms.expect("it ends")), "{ok:?}");
+        let cases = [
+            ("expired", with("exp", json!(now - 1)), Reason::NotAuthorized),
+            ("not yet valid", with("nbf", json!(now + 60)), Reason::NotAuthorized),
+            ("another audience", with("aud", json!("web")), Reason::BadCredentials),
+            ("another issuer", with("iss", json!("me")), Reason::BadCredentials),
+            ("another user", with("sub", json!("bob")), Reason::BadCredentials),
+            (
+                "no end",
+                token(Algorithm::HS256, SECRET, &json!({ "sub": "alice", "aud": "im", "iss": "idp" })),
+                Reason::BadCredentials,
+            ),
+            ("another secret", token(Algorithm::HS256, "guess", &good), Reason::BadCredentials),
+            ("another algorithm", token(Algorithm::HS512, SECRET, &good), Reason::BadCredentials),
+            ("no token", "password".to_owned(), Reason::BadCredentials),
+        ];
+        for (what, token, reason) in cases {
+            let refused = auth.connect("alice", Some(token.as_bytes()), 0).expect_err(what);
+            assert_eq!(refused.reason, reason, "{what}: {refused}");
+        }
+        assert!(auth.connect("alice", None, 0).is_err());
+        std::fs::remove_file(path).expect("it was there");
+    }
+
+    #[test]
+    fn a_changed_key_set_is_read_again_and_a_broken_one_is_not() {
+        let set = |secret: &str| {
+            let encoded = {
+                use base64::Engine;
+                base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(secret)
+            };
+            json!({ "keys": [{ "kty": "oct", "kid": "k", "alg": "HS256", "k": encoded }] }).to_string()
+        };
+        let path = file("set", &set("the first secret"));
+        let auth = jwt(None, Some(&path));
+        let claims = json!({ "sub": "alice", "exp": now_s() + 60, "aud": "im", "iss": "idp" });
+        let second = token(Algorithm::HS256, "the second secret", &claims);
+        assert!(auth.connect("alice", Some(second.as_bytes()), 0).is_err());
+        let Users::Jwt(jwt) = &auth.users else { unreachable!("made with keys") };
+        let look_again = || {
+            let mut loaded = jwt.loaded.lock();
+            loaded.modified = None;
+            loaded.looked = Instant::now().checked_sub(RELOAD_INTERVAL).expect("the machine is up for a second");
+        };
+        std::fs::write(&path, set("the second secret")).expect("writable");
+        look_again();
+        assert!(auth.connect("alice", Some(second.as_bytes()), 0).is_ok());
+        std::fs::write(&path, "{").expect("writable");
+        look_again();
+        assert!(auth.connect("alice", Some(second.as_bytes()), 0).is_ok(), "the last good keys stay");
+        std::fs::remove_file(path).expect("it was there");
+    }
+
+    #[test]
+    fn service_tokens_are_lines_of_a_file() {
+        let path = file("services", "# servers\n\none\n two \n");
+        let auth = Auth::new(&AuthConfig::Insecure {}, Some(&path)).expect("readable");
+        for (token, is) in [
+            ("one", true),
+            ("two", true),
+            ("insecure-service", true),
+            ("# servers", false),
+            ("", false),
+            ("onE", false),
+        ] {
+            assert_eq!(auth.is_service(token), is, "{token:?}");
+        }
+        assert_eq!(auth.bearer_user("insecure:bob").map(|proof| proof.user), Ok("bob".to_owned()));
+        assert!(auth.bearer_user("insecure:b b").is_err());
+        std::fs::remove_file(path).expect("it was there");
+    }
 }

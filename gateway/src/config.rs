@@ -186,7 +186,8 @@ impl Config {
     /// What is wrong with it, and where.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
-        let config: Self = serde_json::from_str(&text).map_err(|error| ConfigError::Parse { path: path.to_owned(), error })?;
+        let config: Self =
+            serde_json::from_str(&text).map_err(|error| ConfigError::Parse { path: path.to_owned(), error })?;
         config.check()?;
         Ok(config)
     }
@@ -202,8 +203,14 @@ impl Config {
         {
             return invalid("auth.jwt: give one of keysFile and jwksFile");
         }
-        if limits.receive_maximum == 0 || limits.message_rate == 0 || limits.connect_rate == 0 || limits.keep_alive_max_seconds == 0 {
-            return invalid("limits: receiveMaximum, messageRate, connectRate and keepAliveMaxSeconds must be at least 1");
+        if limits.receive_maximum == 0
+            || limits.message_rate == 0
+            || limits.connect_rate == 0
+            || limits.keep_alive_max_seconds == 0
+        {
+            return invalid(
+                "limits: receiveMaximum, messageRate, connectRate and keepAliveMaxSeconds must be at least 1",
+            );
         }
         if limits.max_connections == 0 || limits.half_open_max == 0 || self.threads == 0 {
             return invalid("limits.maxConnections, limits.halfOpenMax and threads must be at least 1");

@@ -15,8 +15,8 @@ use im_proto::control;
 use im_proto::ids::{MemberId, shard_of};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
-    Announced, Body, ClientFrame, Deliver, Done, Push, Role, RoomJoin, RoomLeave, RoomMessage, ServerFrame, body, client_frame, push,
-    server_frame,
+    Announced, Body, ClientFrame, Deliver, Done, Push, Role, RoomJoin, RoomLeave, RoomMessage, ServerFrame, body,
+    client_frame, push, server_frame,
 };
 use im_proto::links::{LinkEvent, LinkHandler, LinkPool};
 use im_proto::router::{Full, Limits, Output, Router};
@@ -164,7 +164,8 @@ impl Hub {
 
     /// A shard map. Older ones, and maps of another number of shards, are ignored. Must be called within a tokio runtime.
     pub fn on_map(self: &Arc<Self>, term: u64, map: &control::Map) {
-        let parsed: Vec<Option<MemberId>> = map.members.iter().map(|member| MemberId::parse(&member.member).ok()).collect();
+        let parsed: Vec<Option<MemberId>> =
+            map.members.iter().map(|member| MemberId::parse(&member.member).ok()).collect();
         let is_business = |member: &control::Member| member.role() == control::Role::Business;
         let business: Vec<(MemberId, String)> = std::iter::zip(&map.members, &parsed)
             .filter(|(member, _)| is_business(member))
@@ -179,7 +180,11 @@ impl Hub {
                 routing.router = Router::new(map.shards, Limits::default());
                 self.users.get_or_init(|| (0..map.shards).map(|_| Users::default()).collect());
             } else if routing.router.shards() != map.shards {
-                tracing::error!(have = routing.router.shards(), got = map.shards, "a map with another number of shards is ignored");
+                tracing::error!(
+                    have = routing.router.shards(),
+                    got = map.shards,
+                    "a map with another number of shards is ignored"
+                );
                 return;
             }
             (routing.term, routing.number) = (term, map.number);
@@ -286,7 +291,7 @@ impl Hub {
                     }
                     later.push(output);
                 }
-                Output::Done(..) | Output::Lost(_) => later.push(output),
+                Output::Done(..) => later.push(output),
             }
         }
         if let Some((member, frames)) = batch {
@@ -299,7 +304,6 @@ impl Hub {
         for output in outputs {
             match output {
                 Output::Done(token, outcome) => self.answer(token, Answer::Outcome(outcome)),
-                Output::Lost(token) => self.answer(token, Answer::Lost),
                 Output::Ready { shard, .. } => self.announce(shard),
                 Output::Send(..) => {}
             }
@@ -377,7 +381,11 @@ impl Hub {
     }
 
     /// Lets something happen to a session, does what it wants done, and wakes its task if it has to write or to end.
-    pub fn with<R>(self: &Arc<Self>, connection: &Arc<Connection>, event: impl FnOnce(&mut Session, u64, &mut Effects) -> R) -> R {
+    pub fn with<R>(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        event: impl FnOnce(&mut Session, u64, &mut Effects) -> R,
+    ) -> R {
         let (result, wake) = self.with_quietly(connection, event);
         if wake {
             connection.waker.wake();
@@ -410,12 +418,16 @@ impl Hub {
                     routing.router.cancel(id);
                 }
                 for request in requests {
-                    let token = request.ticket.map_or(Token::Nobody, |ticket| Token::Session(connection.clone(), ticket));
+                    let token =
+                        request.ticket.map_or(Token::Nobody, |ticket| Token::Session(connection.clone(), ticket));
                     match (routing.router.request(request.shard, request.order, &request.body, token), request.ticket) {
                         (Ok(id), Some(ticket)) => session.routed(ticket, id),
                         (Err(Full(_)), Some(ticket)) => answers.push((ticket, Answer::Full)),
                         (Ok(_), None) => {}
-                        (Err(Full(_)), None) => tracing::warn!(shard = request.shard, "the shard's queue is full: the end of a session is lost"),
+                        (Err(Full(_)), None) => tracing::warn!(
+                            shard = request.shard,
+                            "the shard's queue is full: the end of a session is lost"
+                        ),
                     }
                 }
                 self.send_out(&mut routing);
@@ -467,7 +479,9 @@ impl Hub {
             }
             Some(push::Push::ReadState(state)) => {
                 for connection in self.connections_of(&state.user) {
-                    self.with(&connection, |session, _, _| session.on_read_state(&state.conversation, &state.reader, state.seq));
+                    self.with(&connection, |session, _, _| {
+                        session.on_read_state(&state.conversation, &state.reader, state.seq)
+                    });
                 }
             }
             Some(push::Push::RoomMessage(message)) => self.on_room_message(&message),
@@ -478,7 +492,9 @@ impl Hub {
     fn on_deliver(self: &Arc<Self>, deliver: &Deliver) {
         for recipient in &deliver.recipients {
             for connection in self.connections_of(&recipient.user) {
-                self.with(&connection, |session, now_ms, effects| session.on_deliver(now_ms, deliver, recipient, effects));
+                self.with(&connection, |session, now_ms, effects| {
+                    session.on_deliver(now_ms, deliver, recipient, effects)
+                });
             }
         }
     }
@@ -526,7 +542,9 @@ impl Hub {
         };
         for (connection, ticket) in waiting {
             let outcome = refused.clone().map_or(Outcome::Done(Done {}), Outcome::Refused);
-            self.with(&connection, |session, now_ms, effects| session.on_answer(now_ms, ticket, Answer::Outcome(outcome), effects));
+            self.with(&connection, |session, now_ms, effects| {
+                session.on_answer(now_ms, ticket, Answer::Outcome(outcome), effects)
+            });
         }
     }
 
@@ -557,7 +575,8 @@ impl Hub {
         let encode = |version| -> Bytes {
             let mut out = OutBuffer::default();
             let (topic, from) = (["r", &message.room], [("from", message.sender.as_str())]);
-            Delivery { topic: &topic, packet_id: 0, user_properties: &from, payload: &message.payload }.encode(&mut out, version);
+            Delivery { topic: &topic, packet_id: 0, user_properties: &from, payload: &message.payload }
+                .encode(&mut out, version);
             out.take_bytes()
         };
         let (v5, v311) = (encode(Version::V5), encode(Version::V311));
@@ -583,7 +602,10 @@ impl Hub {
         let id = {
             let mut routing = self.routing.lock();
             let token = Token::Ask(sender);
-            let id = routing.router.request(shard_of(key, shards), 0, &Body { body: Some(body) }, token).map_err(|_| AskError::Busy)?;
+            let id = routing
+                .router
+                .request(shard_of(key, shards), 0, &Body { body: Some(body) }, token)
+                .map_err(|_| AskError::Busy)?;
             self.send_out(&mut routing);
             id
         };

@@ -90,7 +90,8 @@ pub struct Gateway {
 impl Gateway {
     /// A gateway that serves as soon as it listens.
     pub fn new(hub: Arc<Hub>, auth: Arc<Auth>, limits: Limits) -> Arc<Self> {
-        let (connect_rate, half_open) = (RateLimit::new(limits.connect_rate), Arc::new(Semaphore::new(limits.half_open_max)));
+        let (connect_rate, half_open) =
+            (RateLimit::new(limits.connect_rate), Arc::new(Semaphore::new(limits.half_open_max)));
         Arc::new(Self { hub, auth, limits, connect_rate, half_open, serving: watch::Sender::new(true) })
     }
 
@@ -148,7 +149,8 @@ pub fn tls_acceptor(listen: &TlsListen) -> Result<TlsAcceptor, ListenError> {
         .map_err(|error| wrong(&listen.cert_file, error.to_string()))?
         .collect();
     let chain = chain.map_err(|error| wrong(&listen.cert_file, error.to_string()))?;
-    let key = PrivateKeyDer::from_pem_file(&listen.key_file).map_err(|error| wrong(&listen.key_file, error.to_string()))?;
+    let key =
+        PrivateKeyDer::from_pem_file(&listen.key_file).map_err(|error| wrong(&listen.key_file, error.to_string()))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -256,7 +258,8 @@ async fn web_socket(gateway: Arc<Gateway>, stream: TcpStream, permit: OwnedSemap
 /// MQTT 5, 6.0: the client must offer, the server must choose the subprotocol `mqtt`.
 #[allow(clippy::result_large_err)] // the library's type
 fn subprotocol(request: &Request, mut response: Response) -> Result<Response, ErrorResponse> {
-    let offered = request.headers().get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    let offered =
+        request.headers().get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
     if offered.flat_map(|value| value.split(',')).any(|name| name.trim() == "mqtt") {
         response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static("mqtt"));
         return Ok(response);

@@ -126,7 +126,11 @@ impl Member {
                     index += 1;
                 }
             }
-            pause = if opened.elapsed() > Duration::from_secs(3) { Duration::from_millis(50) } else { (pause * 2).min(Duration::from_secs(1)) };
+            pause = if opened.elapsed() > Duration::from_secs(3) {
+                Duration::from_millis(50)
+            } else {
+                (pause * 2).min(Duration::from_secs(1))
+            };
             sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
         }
     }

@@ -228,7 +228,11 @@ pub struct Subscribe<'a> {
 ///
 /// # Errors
 /// The reason for which the connection must end.
-pub fn decode(version: Option<Version>, input: &[u8], size_max: usize) -> Result<Option<(Packet<'_>, usize)>, DecodeError> {
+pub fn decode(
+    version: Option<Version>,
+    input: &[u8],
+    size_max: usize,
+) -> Result<Option<(Packet<'_>, usize)>, DecodeError> {
     let Some(&first) = input.first() else { return Ok(None) };
     let (kind, flags) = (first >> 4, first & 0x0F);
     match (version, kind) {
@@ -240,7 +244,10 @@ pub fn decode(version: Option<Version>, input: &[u8], size_max: usize) -> Result
     let Some((length, length_bytes)) = variable_length(&input[1..])? else { return Ok(None) };
     let end = 1 + length_bytes + length;
     if end > size_max {
-        return Err(DecodeError { reason: Reason::PacketTooLarge, what: "the packet is larger than the announced maximum" });
+        return Err(DecodeError {
+            reason: Reason::PacketTooLarge,
+            what: "the packet is larger than the announced maximum",
+        });
     }
     let Some(body) = input.get(1 + length_bytes..end) else { return Ok(None) };
     let mut reader = Reader(body);
@@ -366,7 +373,7 @@ mod property {
 
 enum Value<'a> {
     Number(u32),
-    Text(&'a str),
+    Text,
     Pair(&'a str, &'a str),
     Binary,
 }
@@ -404,7 +411,10 @@ impl<'a> Properties<'a> {
                 Value::Binary
             }
             0x26 => Value::Pair(self.reader.string()?, self.reader.string()?),
-            _ => Value::Text(self.reader.string()?),
+            _ => {
+                self.reader.string()?;
+                Value::Text
+            }
         };
         Ok(Some((id, value)))
     }
@@ -455,7 +465,7 @@ fn connect<'a>(header_flags: u8, reader: &mut Reader<'a>) -> Result<Packet<'a>, 
                 (property::RECEIVE_MAXIMUM, Value::Number(maximum)) => connect.receive_maximum = maximum as u16,
                 (property::PACKET_SIZE_MAX, Value::Number(maximum)) => connect.packet_size_max = Some(maximum),
                 (property::PROBLEM_INFORMATION, Value::Number(flag)) => connect.problem_information = flag == 1,
-                (property::AUTH_METHOD, Value::Text(_)) => {
+                (property::AUTH_METHOD, Value::Text) => {
                     let what = "enhanced authentication is not offered: put the token into the password";
                     return Err(DecodeError { reason: Reason::BadAuthMethod, what });
                 }
@@ -504,7 +514,9 @@ fn packet<'a>(version: Version, kind: u8, flags: u8, reader: &mut Reader<'a>) ->
                 let mut properties = reader.properties(property::IN_SUBSCRIBE)?;
                 while let Some((id, value)) = properties.next()? {
                     match (id, value) {
-                        (property::SUBSCRIPTION_ID, Value::Number(0)) => return Err(protocol("subscription identifier 0")),
+                        (property::SUBSCRIPTION_ID, Value::Number(0)) => {
+                            return Err(protocol("subscription identifier 0"));
+                        }
                         (property::SUBSCRIPTION_ID, _) => has_identifier = true,
                         _ => {}
                     }
@@ -797,7 +809,14 @@ pub fn connack_refused(out: &mut OutBuffer, version: Version, reason: Reason, re
 }
 
 /// PUBACK. MQTT 3.1.1 knows success only.
-pub fn puback(out: &mut OutBuffer, version: Version, packet_id: u16, reason: Reason, reason_string: &str, user: &[(&str, &str)]) {
+pub fn puback(
+    out: &mut OutBuffer,
+    version: Version,
+    packet_id: u16,
+    reason: Reason,
+    reason_string: &str,
+    user: &[(&str, &str)],
+) {
     let mut body = BytesMut::new();
     body.put_u16(packet_id);
     let properties = explained(reason_string, user);

@@ -15,8 +15,9 @@ use bytes::Bytes;
 use im_proto::ids::{self, Conversation, is_name, shard_of};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
-    Body, Close, Cursor, Cursors, Deliver, Entry, EntryKind, Fetch, Fetched, Heads, IndexRow, KickReason, KickSession, MarkRead, Recipient,
-    Refusal, Refused, Register, Registered, RoomPublish, Send, SessionNumber, Subscribe, Taken, body,
+    Body, Close, Cursor, Cursors, Deliver, Entry, EntryKind, Fetch, Fetched, Heads, IndexRow, KickReason, KickSession,
+    MarkRead, Recipient, Refusal, Refused, Register, Registered, RoomPublish, Send, SessionNumber, Subscribe, Taken,
+    body,
 };
 use im_proto::topic::{self, Publish as PublishTopic, SYSTEM_SENDER, Subscription, TopicError};
 use xxhash_rust::xxh3::Xxh3Default;
@@ -122,8 +123,13 @@ pub struct SessionRequest {
 #[allow(missing_docs)]
 pub enum RoomEffect {
     /// Answered under the ticket with `Done` once this gateway is in the room.
-    Enter { room: Arc<str>, ticket: u32 },
-    Leave { room: Arc<str> },
+    Enter {
+        room: Arc<str>,
+        ticket: u32,
+    },
+    Leave {
+        room: Arc<str>,
+    },
 }
 
 /// What a session wants done by its surroundings, in this order.
@@ -151,8 +157,6 @@ pub enum Answer {
     Outcome(Outcome),
     /// It was not taken: a queue is full.
     Full,
-    /// Whether it was done can't be learnt any more.
-    Lost,
 }
 
 /// How a connection ends.
@@ -174,7 +178,9 @@ pub enum End {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// Waits for the user shard's owner; CONNACK comes after.
-    Registering { since_ms: u64 },
+    Registering {
+        since_ms: u64,
+    },
     Live,
     Ended,
 }
@@ -207,7 +213,9 @@ impl What {
     fn client_waits(&self) -> bool {
         match self {
             Self::Publish(taken) => taken.packet_id != 0,
-            Self::HeadsToSubscribe | Self::SubscribeInbox | Self::UnsubscribeInbox { .. } | Self::EnterRoom { .. } => true,
+            Self::HeadsToSubscribe | Self::SubscribeInbox | Self::UnsubscribeInbox { .. } | Self::EnterRoom { .. } => {
+                true
+            }
             Self::Register | Self::Announce | Self::HeadsToCompare | Self::Fetch { .. } | Self::Cursors => false,
         }
     }
@@ -410,9 +418,13 @@ impl Inbox {
 
     /// Whether the packet id was waited for.
     fn acknowledged(&mut self, packet_id: u16) -> bool {
-        let Some(offset) = packet_id.checked_sub(self.ids_from).filter(|offset| *offset < PACKET_IDS) else { return false };
+        let Some(offset) = packet_id.checked_sub(self.ids_from).filter(|offset| *offset < PACKET_IDS) else {
+            return false;
+        };
         let index = (offset + PACKET_IDS - self.first_offset) % PACKET_IDS;
-        let Some(unacked) = self.unacked.get_mut(usize::from(index)).filter(|unacked| !unacked.acked) else { return false };
+        let Some(unacked) = self.unacked.get_mut(usize::from(index)).filter(|unacked| !unacked.acked) else {
+            return false;
+        };
         unacked.acked = true;
         let Unacked { flow, seq, .. } = *unacked;
         self.outstanding -= 1;
@@ -465,6 +477,8 @@ pub struct Session {
     /// What the last connection left unanswered.
     resumable: Vec<Taken>,
     will: Option<Box<OwnedWill>>,
+    /// An announcement was not taken: the next tick tries again.
+    announce_again: bool,
     inbox: Inbox,
 }
 
@@ -487,19 +501,33 @@ impl Session {
         let v5 = connect.version == Version::V5;
         let user = match connect.username {
             Some(user) if is_name(user) => user,
-            _ => return refuse(Reason::BadCredentials, "the user name must be a user id: 1 to 64 of A-Z a-z 0-9 . _ @ -"),
+            _ => {
+                return refuse(
+                    Reason::BadCredentials,
+                    "the user name must be a user id: 1 to 64 of A-Z a-z 0-9 . _ @ -",
+                );
+            }
         };
         let device_assigned = connect.client_id.is_empty();
         let device = match connect.client_id {
-            "" if !v5 && !connect.clean_start => return refuse(Reason::ClientIdNotValid, "an empty client id needs Clean Session 1"),
+            "" if !v5 && !connect.clean_start => {
+                return refuse(Reason::ClientIdNotValid, "an empty client id needs Clean Session 1");
+            }
             "" => format!("auto-{:016x}-{connection}", shared.boot),
             id if is_name(id) => id.to_owned(),
-            _ => return refuse(Reason::ClientIdNotValid, "the client id must be a device id: 1 to 64 of A-Z a-z 0-9 . _ @ -"),
+            _ => {
+                return refuse(
+                    Reason::ClientIdNotValid,
+                    "the client id must be a device id: 1 to 64 of A-Z a-z 0-9 . _ @ -",
+                );
+            }
         };
         let will = match &connect.will {
             None => None,
             Some(will) if will.qos == 2 => return refuse(Reason::QosNotSupported, "the will's QoS must be 0 or 1"),
-            Some(will) if will.retain => return refuse(Reason::RetainNotSupported, "retained messages are not supported"),
+            Some(will) if will.retain => {
+                return refuse(Reason::RetainNotSupported, "retained messages are not supported");
+            }
             Some(will) => match PublishTopic::parse(will.topic) {
                 Ok(PublishTopic::ToRoom(room)) => {
                     Some(Box::new(OwnedWill { room: room.into(), payload: Bytes::copy_from_slice(will.payload) }))
@@ -542,6 +570,7 @@ impl Session {
             rooms: Vec::new(),
             resumable: Vec::new(),
             will,
+            announce_again: false,
             inbox: Inbox {
                 state: InboxState::Unsubscribed,
                 flows: Vec::new(),
@@ -655,7 +684,9 @@ impl Session {
             Packet::Subscribe(subscribe) => self.on_subscribe(now_ms, &subscribe, effects),
             Packet::Unsubscribe { packet_id, filters } => self.on_unsubscribe(now_ms, packet_id, &filters, effects),
             Packet::PingReq => mqtt::pingresp(&mut self.out),
-            Packet::Disconnect { session_expiry_s: Some(1..), .. } if self.version == Version::V5 && self.session_expiry_s == 0 => {
+            Packet::Disconnect { session_expiry_s: Some(1..), .. }
+                if self.version == Version::V5 && self.session_expiry_s == 0 =>
+            {
                 let text = "a session that ends with its connection can't be given an expiry in DISCONNECT";
                 self.end(End::Server(Reason::ProtocolError, text), effects);
             }
@@ -681,7 +712,10 @@ impl Session {
         } else if publish.topic_alias {
             Some((Reason::TopicAliasInvalid, "topic aliases are not supported"))
         } else if publish.qos == 1 && self.publishes_unanswered >= usize::from(self.shared.limits.receive_maximum) {
-            Some((Reason::ReceiveMaximumExceeded, "more publishes without an answer than the announced Receive Maximum"))
+            Some((
+                Reason::ReceiveMaximumExceeded,
+                "more publishes without an answer than the announced Receive Maximum",
+            ))
         } else {
             None
         };
@@ -691,22 +725,38 @@ impl Session {
         }
         let hash = hash_of(publish);
         let in_use = self.waiting.iter().find_map(|waiting| match &waiting.what {
-            What::Publish(taken) if publish.qos == 1 && taken.packet_id == publish.packet_id => Some(taken.hash == hash && publish.dup),
+            What::Publish(taken) if publish.qos == 1 && taken.packet_id == publish.packet_id => {
+                Some(taken.hash == hash && publish.dup)
+            }
             _ => None,
         });
         match in_use {
             Some(true) => return, // its answer is under way
             Some(false) => {
-                return self.refuse(publish.packet_id, publish.topic, Reason::PacketIdInUse, "the packet id waits for its answer", effects);
+                return self.refuse(
+                    publish.packet_id,
+                    publish.topic,
+                    Reason::PacketIdInUse,
+                    "the packet id waits for its answer",
+                    effects,
+                );
             }
             None => {}
         }
-        let mut taken = Box::new(TakenPublish { packet_id: publish.packet_id, hash, key: None, topic: publish.topic.into(), mark: None });
+        let mut taken = Box::new(TakenPublish {
+            packet_id: publish.packet_id,
+            hash,
+            key: None,
+            topic: publish.topic.into(),
+            mark: None,
+        });
         let user = self.user.clone();
         let request = match PublishTopic::parse(publish.topic) {
             Ok(PublishTopic::ToUser(peer)) => self.send_to(ids::direct_conversation(&user, peer), publish, &mut taken),
             Ok(PublishTopic::ToGroup(group)) => self.send_to(ids::group_conversation(group), publish, &mut taken),
-            Ok(PublishTopic::ReadUser(peer)) => self.mark_read(ids::direct_conversation(&user, peer), publish, &mut taken),
+            Ok(PublishTopic::ReadUser(peer)) => {
+                self.mark_read(ids::direct_conversation(&user, peer), publish, &mut taken)
+            }
             Ok(PublishTopic::ReadGroup(group)) => self.mark_read(ids::group_conversation(group), publish, &mut taken),
             Ok(PublishTopic::ToRoom(room)) => {
                 let shard = self.shard_of_room(room);
@@ -715,9 +765,10 @@ impl Session {
                 Ok((shard, 0, body::Body::RoomPublish(RoomPublish { room: room.to_owned(), sender, device, payload })))
             }
             Ok(PublishTopic::Like(_)) => Err((Reason::ImplementationSpecific, "likes are not available yet")),
-            Err(TopicError::Unknown | TopicError::Wildcard) => {
-                Err((Reason::TopicNameInvalid, "unknown topic: use u/{user}, g/{group}, read/u/{peer}, read/g/{group} or r/{room}"))
-            }
+            Err(TopicError::Unknown | TopicError::Wildcard) => Err((
+                Reason::TopicNameInvalid,
+                "unknown topic: use u/{user}, g/{group}, read/u/{peer}, read/g/{group} or r/{room}",
+            )),
         };
         match request {
             Ok((shard, order, body)) => {
@@ -777,8 +828,10 @@ impl Session {
         publish: &Publish<'_>,
         taken: &mut TakenPublish,
     ) -> Result<(u32, u64, body::Body), (Reason, &'static str)> {
-        let seq = std::str::from_utf8(publish.payload).ok().and_then(|text| text.trim().parse().ok()).filter(|seq| *seq > 0);
-        let seq: u64 = seq.ok_or((Reason::PayloadFormatInvalid, "the payload must be a seq: a decimal number from 1"))?;
+        let seq =
+            std::str::from_utf8(publish.payload).ok().and_then(|text| text.trim().parse().ok()).filter(|seq| *seq > 0);
+        let seq: u64 =
+            seq.ok_or((Reason::PayloadFormatInvalid, "the payload must be a seq: a decimal number from 1"))?;
         let shard = shard_of(&conversation, self.shards);
         taken.mark = Some((conversation.clone(), seq));
         Ok((shard, 0, body::Body::MarkRead(MarkRead { conversation, user: self.user.to_string(), seq })))
@@ -793,11 +846,22 @@ impl Session {
         if self.subscribes.len() >= SUBSCRIBES_WAITING_MAX {
             self.shared.metrics.refused(Reason::QuotaExceeded);
             let codes = vec![Reason::QuotaExceeded.code(); subscribe.filters.len()];
-            return mqtt::suback(&mut self.out, self.version, subscribe.packet_id, &codes, "too many SUBSCRIBEs wait for their SUBACK");
+            return mqtt::suback(
+                &mut self.out,
+                self.version,
+                subscribe.packet_id,
+                &codes,
+                "too many SUBSCRIBEs wait for their SUBACK",
+            );
         }
         let packet_id = subscribe.packet_id;
         let count = subscribe.filters.len();
-        self.subscribes.push(PendingSubscribe { packet_id, codes: vec![UNANSWERED; count], unanswered: count, reason: "" });
+        self.subscribes.push(PendingSubscribe {
+            packet_id,
+            codes: vec![UNANSWERED; count],
+            unanswered: count,
+            reason: "",
+        });
         for (index, (filter, qos)) in subscribe.filters.iter().enumerate() {
             let refusal = match Subscription::parse(filter) {
                 _ if index >= FILTERS_MAX => (Reason::QuotaExceeded, "at most 64 topic filters a SUBSCRIBE"),
@@ -809,7 +873,9 @@ impl Session {
                     self.granted(packet_id, index, 0);
                     continue;
                 }
-                Ok(Subscription::Room(_)) if self.rooms.len() >= ROOMS_MAX => (Reason::QuotaExceeded, "at most 64 rooms a connection"),
+                Ok(Subscription::Room(_)) if self.rooms.len() >= ROOMS_MAX => {
+                    (Reason::QuotaExceeded, "at most 64 rooms a connection")
+                }
                 Ok(Subscription::Room(room)) => {
                     let room = Arc::<str>::from(room);
                     self.rooms.push(room.clone());
@@ -823,7 +889,9 @@ impl Session {
                     (Reason::SharedSubscriptionsNotSupported, "shared subscriptions are not supported")
                 }
                 Err(TopicError::Wildcard) => (Reason::TopicFilterInvalid, "of wildcards, only inbox/# is served"),
-                Err(TopicError::Unknown) => (Reason::TopicFilterInvalid, "unknown topic filter: use inbox/# or r/{room}"),
+                Err(TopicError::Unknown) => {
+                    (Reason::TopicFilterInvalid, "unknown topic filter: use inbox/# or r/{room}")
+                }
             };
             self.not_granted(packet_id, index, refusal);
         }
@@ -858,7 +926,8 @@ impl Session {
             InboxState::Subscribing(subscribing) => subscribing.waiters.push((packet_id, filter)),
             InboxState::Unsubscribed => {
                 let heads_left = self.ask_heads(now_ms, || What::HeadsToSubscribe, effects);
-                self.inbox.state = InboxState::Subscribing(Box::new(Subscribing { waiters: vec![(packet_id, filter)], heads_left }));
+                self.inbox.state =
+                    InboxState::Subscribing(Box::new(Subscribing { waiters: vec![(packet_id, filter)], heads_left }));
                 if heads_left == 0 {
                     self.write_subscription(now_ms, effects);
                 }
@@ -892,7 +961,8 @@ impl Session {
     }
 
     fn subscription_failed(&mut self, refusal: (Reason, &'static str)) {
-        if let InboxState::Subscribing(subscribing) = std::mem::replace(&mut self.inbox.state, InboxState::Unsubscribed) {
+        if let InboxState::Subscribing(subscribing) = std::mem::replace(&mut self.inbox.state, InboxState::Unsubscribed)
+        {
             for (packet_id, filter) in subscribing.waiters {
                 self.not_granted(packet_id, filter, refusal);
             }
@@ -956,15 +1026,19 @@ impl Session {
                     }
                     self.compare_heads(now_ms, effects);
                 }
-                Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession => self.taken_over(effects),
-                _ => {}
+                Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession => {
+                    self.taken_over(effects)
+                }
+                _ => self.announce_again = true,
             },
             What::Publish(taken) => self.on_publish_answered(*taken, answer, effects),
             What::HeadsToSubscribe => self.on_heads_to_subscribe(now_ms, answer, effects),
             What::HeadsToCompare => match answer {
                 Answer::Outcome(Outcome::Heads(list)) => {
                     for head in &list.heads {
-                        let Some(&index) = self.inbox.flow_by_conversation.get(head.conversation.as_str()) else { continue };
+                        let Some(&index) = self.inbox.flow_by_conversation.get(head.conversation.as_str()) else {
+                            continue;
+                        };
                         let flow = &mut self.inbox.flows[index as usize];
                         flow.head = flow.head.max(head.head);
                         self.inbox.mark_behind(index);
@@ -976,7 +1050,9 @@ impl Session {
             },
             What::SubscribeInbox => match answer {
                 Answer::Outcome(Outcome::Done(_)) => {
-                    if let InboxState::Subscribing(subscribing) = std::mem::replace(&mut self.inbox.state, InboxState::Subscribed) {
+                    if let InboxState::Subscribing(subscribing) =
+                        std::mem::replace(&mut self.inbox.state, InboxState::Subscribed)
+                    {
                         for (packet_id, filter) in subscribing.waiters {
                             self.granted(packet_id, filter, 1);
                         }
@@ -984,12 +1060,16 @@ impl Session {
                     (0..self.inbox.flows.len() as u32).for_each(|index| self.inbox.mark_behind(index));
                     self.fetch(now_ms, effects);
                 }
-                Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession => self.taken_over(effects),
+                Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession => {
+                    self.taken_over(effects)
+                }
                 answer => self.subscription_failed(refusal_of(&answer).0),
             },
             What::UnsubscribeInbox { packet_id, codes } => match answer {
                 Answer::Outcome(Outcome::Done(_)) => mqtt::unsuback(&mut self.out, self.version, packet_id, &codes),
-                Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession => self.taken_over(effects),
+                Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession => {
+                    self.taken_over(effects)
+                }
                 answer => {
                     if matches!(self.inbox.state, InboxState::Unsubscribed) {
                         self.inbox.state = InboxState::Subscribed;
@@ -1007,9 +1087,12 @@ impl Session {
                     self.not_granted(packet_id, filter, refusal_of(&answer).0);
                 }
             },
-            What::Fetch { flow, from, head_before } => self.on_fetched(now_ms, flow, from, head_before, answer, effects),
+            What::Fetch { flow, from, head_before } => {
+                self.on_fetched(now_ms, flow, from, head_before, answer, effects)
+            }
             What::Cursors => {
-                if matches!(&answer, Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession) {
+                if matches!(&answer, Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession)
+                {
                     self.taken_over(effects);
                 }
             }
@@ -1121,10 +1204,6 @@ impl Session {
                 return self.success(taken.packet_id, &[("seq", seq.as_str())]);
             }
             Answer::Outcome(Outcome::Done(_)) => &[],
-            Answer::Lost => {
-                self.shared.metrics.refused(Reason::ServerBusy);
-                return self.end(End::Server(Reason::ServerBusy, "the outcome of a publish is unknown: send it again"), effects);
-            }
             answer => {
                 let ((reason, text), _) = refusal_of(&answer);
                 return self.refuse(taken.packet_id, &taken.topic, reason, text, effects);
@@ -1158,7 +1237,8 @@ impl Session {
             Version::V311 => {
                 let notice = serde_json::json!({ "packetId": packet_id, "topic": topic, "reason": reason.name() });
                 let payload = Bytes::from(notice.to_string());
-                let delivery = Delivery { topic: &[topic::REFUSED_TOPIC], packet_id: 0, user_properties: &[], payload: &payload };
+                let delivery =
+                    Delivery { topic: &[topic::REFUSED_TOPIC], packet_id: 0, user_properties: &[], payload: &payload };
                 delivery.encode(&mut self.out, self.version);
                 mqtt::puback(&mut self.out, self.version, packet_id, Reason::Success, "", &[]);
             }
@@ -1267,11 +1347,26 @@ impl Session {
             };
             let shard = shard_of(&fetch.conversation, self.shards);
             self.inbox.fetches += 1;
-            self.ask(now_ms, What::Fetch { flow: index, from, head_before }, shard, 0, body::Body::Fetch(fetch), effects);
+            self.ask(
+                now_ms,
+                What::Fetch { flow: index, from, head_before },
+                shard,
+                0,
+                body::Body::Fetch(fetch),
+                effects,
+            );
         }
     }
 
-    fn on_fetched(&mut self, now_ms: u64, index: u32, from: u64, head_before: u64, answer: Answer, effects: &mut Effects) {
+    fn on_fetched(
+        &mut self,
+        now_ms: u64,
+        index: u32,
+        from: u64,
+        head_before: u64,
+        answer: Answer,
+        effects: &mut Effects,
+    ) {
         self.inbox.fetches -= 1;
         self.inbox.flows[index as usize].fetching = false;
         match answer {
@@ -1352,7 +1447,8 @@ impl Session {
             *told = seq;
             let payload = Bytes::copy_from_slice(Digits::new(seq).as_str().as_bytes());
             let topic = ["inbox", "read", kind, name];
-            let delivery = Delivery { topic: &topic, packet_id: 0, user_properties: &[("from", reader)], payload: &payload };
+            let delivery =
+                Delivery { topic: &topic, packet_id: 0, user_properties: &[("from", reader)], payload: &payload };
             delivery.encode(&mut self.out, self.version);
         }
     }
@@ -1425,7 +1521,9 @@ impl Session {
             }
             Phase::Live => {}
         }
-        let overdue = |waiting: &Waiting| waiting.what.client_waits() && now_ms.saturating_sub(waiting.since_ms) >= OUTCOME_WAIT_MS_MAX;
+        let overdue = |waiting: &Waiting| {
+            waiting.what.client_waits() && now_ms.saturating_sub(waiting.since_ms) >= OUTCOME_WAIT_MS_MAX
+        };
         let end = if self.silence_ms_max != 0 && now_ms.saturating_sub(self.heard_ms) > self.silence_ms_max {
             Some((Reason::KeepAliveTimeout, "nothing was heard for 1.5 times the keep-alive"))
         } else if self.expires_at_ms.is_some_and(|at_ms| now_ms >= at_ms) {
@@ -1438,6 +1536,9 @@ impl Session {
         if let Some((reason, text)) = end {
             self.shared.metrics.refused(reason);
             return self.end(End::Server(reason, text), effects);
+        }
+        if std::mem::take(&mut self.announce_again) {
+            self.announce(now_ms, effects);
         }
         if self.inbox.compare_again {
             self.compare_heads(now_ms, effects);
@@ -1461,7 +1562,8 @@ impl Session {
             flow.dirty = false;
             cursors.push(Cursor { conversation: flow.conversation.to_string(), seq: flow.acked() });
         }
-        let cursors = Cursors { user: self.user.to_string(), device: self.device.to_string(), number: self.number, cursors };
+        let cursors =
+            Cursors { user: self.user.to_string(), device: self.device.to_string(), number: self.number, cursors };
         self.ask_user(now_ms, What::Cursors, body::Body::Cursors(cursors), effects);
     }
 
@@ -1515,6 +1617,8 @@ impl Session {
         }
         self.inbox.flows = Vec::new();
         self.inbox.flow_by_conversation = HashMap::new();
+        self.inbox.behind = VecDeque::new();
+        self.inbox.dirty = Vec::new();
     }
 
     fn send_close(&mut self, expiry_s: Option<u32>, effects: &mut Effects) {
@@ -1539,7 +1643,12 @@ impl Session {
             expiry_s,
         };
         let shard = shard_of(&self.user, self.shards);
-        effects.requests.push(SessionRequest { ticket: None, shard, order: 0, body: Body { body: Some(body::Body::Close(close)) } });
+        effects.requests.push(SessionRequest {
+            ticket: None,
+            shard,
+            order: 0,
+            body: Body { body: Some(body::Body::Close(close)) },
+        });
     }
 
     // ---- requests -----------------------------------------------------------------------------------------------------
@@ -1597,7 +1706,7 @@ fn refusal_of(answer: &Answer) -> ((Reason, &'static str), bool) {
     let code = match answer {
         Answer::Outcome(Outcome::Refused(refused)) => Refused::code(refused),
         Answer::Full => Refusal::Busy,
-        Answer::Lost | Answer::Outcome(_) => Refusal::Unspecified,
+        Answer::Outcome(_) => Refusal::Unspecified,
     };
     match code {
         Refusal::NotAMember => ((Reason::NotAuthorized, "not a member"), false),

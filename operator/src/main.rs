@@ -5,6 +5,7 @@ use im_crds::{ImCluster, ShardMap};
 use im_operator::up::data_dir::DataDir;
 use im_operator::{console, control, up};
 use kube::CustomResourceExt;
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -164,21 +165,29 @@ async fn run_status(data_dir: PathBuf, output: Format) -> ExitCode {
         Err(error) => return fail(error, 1),
     };
     match output {
-        Format::Table => print!("{}", console::table(&status)),
+        Format::Table => print(&console::table(&status)),
         Format::Json => match serde_json::to_string_pretty(&status) {
-            Ok(json) => println!("{json}"),
-            Err(error) => return fail(error, 1),
+            Ok(json) => print(&(json + "\n")),
+            Err(error) => fail(error, 1),
         },
     }
-    ExitCode::SUCCESS
+}
+
+/// To stdout; a reader that has seen enough (`| head`) is no error.
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => fail(error, 1),
+        Ok(()) | Err(_) => ExitCode::SUCCESS,
+    }
 }
 
 fn print_crds() -> ExitCode {
+    let mut text = String::new();
     for crd in [ImCluster::crd(), ShardMap::crd()] {
         match serde_norway::to_string(&crd) {
-            Ok(yaml) => print!("---\n{yaml}"),
+            Ok(yaml) => text += &format!("---\n{yaml}"),
             Err(error) => return fail(error, 1),
         }
     }
-    ExitCode::SUCCESS
+    print(&text)
 }

@@ -409,6 +409,24 @@ async fn a_new_control_keeps_the_map_under_a_higher_term() {
 }
 
 #[tokio::test]
+async fn after_a_full_stop_all_shards_are_taken_over_without_waiting_for_the_dead() {
+    let (machine, control, before, file) = two_members("stop").await;
+    control.end().await;
+    for name in ["gateway-0", "business-0", "business-1"] {
+        machine.end(name);
+    }
+    let listener = TcpListener::bind(machine.control).await.unwrap();
+    let began = Instant::now();
+    let mut control = Control::start(&machine, listener, file);
+    let after = control.eventually("settled", |status| settled(status) && shares(status) == [32, 32]).await;
+    assert!(began.elapsed() < Duration::from_millis(2_500), "not after 3 s of silence: {:?}", began.elapsed());
+    assert_eq!(after.shards.per_member, before.shards.per_member, "each name has its shards again");
+    let once_more = machine.rows.rows.lock().values().all(|(epoch, _)| *epoch == 2);
+    assert!(once_more, "each acquired once more");
+    control.end().await;
+}
+
+#[tokio::test]
 async fn a_gateway_is_drained_before_it_is_stopped_and_may_stay_after_all() {
     let (machine, listener) = Machine::new(cluster(3, 1)).await;
     let mut control = Control::start(&machine, listener, map_file("drain"));

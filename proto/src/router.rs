@@ -21,9 +21,6 @@ pub enum Output<T> {
     Send(MemberId, Request),
     /// A request has its answer. Never [`Outcome::Moved`]: the router deals with that.
     Done(T, Outcome),
-    /// A request's outcome can't be learnt any more without risking its place in the order: it was overtaken by a later message of its
-    /// order group and then lost its owner. Whoever waits for it must treat it as unknown.
-    Lost(T),
     /// From now on requests of this shard go to this owner at this epoch over this link; what the owner keeps only as long as a link or an
     /// epoch lasts (announced sessions) has to be told again.
     Ready { shard: u32, epoch: u64, owner: MemberId },
@@ -78,10 +75,10 @@ struct Pending<T> {
     id: u64,
     body: Bytes,
     token: T,
-    /// Requests of one group (a connection's messages to one conversation) must be stored in their order; 0 = no group.
+    /// See [`Request::order`].
     order: u64,
-    /// A later request of its group was answered first.
-    overtaken: bool,
+    /// It went out before, perhaps to somebody else.
+    again: bool,
 }
 
 impl<T> Router<T> {
@@ -129,7 +126,7 @@ impl<T> Router<T> {
     }
 
     /// Queues a request behind all earlier ones of its shard. Returns its id, by which it may be cancelled.
-    /// `order` names the group whose messages must keep their order; 0 = none.
+    /// `order` names the group that must keep its order; 0 = none.
     ///
     /// # Errors
     /// [`Full`] when the shard's queue or the byte bound is reached.
@@ -142,7 +139,7 @@ impl<T> Router<T> {
         let id = self.next_id;
         self.next_id += 1;
         self.bytes += body.len();
-        route.queue.push_back(Pending { id, body, token, order, overtaken: false });
+        route.queue.push_back(Pending { id, body, token, order, again: false });
         self.shard_by_request.insert(id, shard);
         self.flush(shard);
         Ok(id)
@@ -213,16 +210,9 @@ impl<T> Router<T> {
             return;
         }
         self.shard_by_request.remove(&reply.id);
-        let Some(pending) = self.remove(shard, reply.id) else { return };
-        if pending.order != 0 && is_ack {
-            for earlier in &mut self.routes[shard as usize].queue {
-                if earlier.id > reply.id {
-                    break;
-                }
-                earlier.overtaken |= earlier.order == pending.order;
-            }
+        if let Some(pending) = self.remove(shard, reply.id) {
+            self.outputs.push(Output::Done(pending.token, outcome));
         }
-        self.outputs.push(Output::Done(pending.token, outcome));
     }
 
     fn shards_of(&self, member: &MemberId) -> Vec<u32> {
@@ -235,16 +225,6 @@ impl<T> Router<T> {
         let route = &mut self.routes[shard as usize];
         route.sent = 0;
         let Some(owner) = route.owner.clone().filter(|owner| self.linked.contains(owner)) else { return };
-        let mut index = 0;
-        while index < route.queue.len() {
-            if !route.queue[index].overtaken {
-                index += 1;
-            } else if let Some(lost) = route.queue.remove(index) {
-                self.bytes -= lost.body.len();
-                self.shard_by_request.remove(&lost.id);
-                self.outputs.push(Output::Lost(lost.token));
-            }
-        }
         self.outputs.push(Output::Ready { shard, epoch: route.epoch, owner });
         self.flush(shard);
     }
@@ -252,8 +232,10 @@ impl<T> Router<T> {
     fn flush(&mut self, shard: u32) {
         let route = &mut self.routes[shard as usize];
         let Some(owner) = route.owner.as_ref().filter(|owner| self.linked.contains(*owner)) else { return };
-        for pending in route.queue.range(route.sent..) {
-            let request = Request { id: pending.id, shard, epoch: route.epoch, body: pending.body.clone() };
+        let oldest = route.queue.front().map_or(0, |pending| pending.id);
+        for pending in route.queue.range_mut(route.sent..) {
+            let (id, order, again) = (pending.id, pending.order, std::mem::replace(&mut pending.again, true));
+            let request = Request { id, shard, epoch: route.epoch, body: pending.body.clone(), again, order, oldest };
             self.outputs.push(Output::Send(owner.clone(), request));
         }
         route.sent = route.queue.len();
@@ -339,21 +321,29 @@ mod tests {
     }
 
     #[test]
-    fn what_was_overtaken_is_not_sent_again() {
+    fn a_request_says_whether_it_went_out_before_and_what_is_unanswered() {
         let (a, b) = (member("a"), member("b"));
         let mut router = Router::new(1, Limits::default());
         router.link_up(&a);
         router.link_up(&b);
         router.claim(0, 1, &a);
-        for token in 1..=3 {
+        let marks = |outputs: Vec<Output<u32>>| {
+            let sends = outputs.into_iter().filter_map(|output| match output {
+                Output::Send(_, request) => Some((request.id, request.again, request.order, request.oldest)),
+                _ => None,
+            });
+            sends.collect::<Vec<_>>()
+        };
+        for token in 1..=2 {
             router.request(0, 9, &body(), token).expect("room");
         }
-        router.reply(stored(2, 1));
+        assert_eq!(marks(router.take_outputs()), [(1, false, 9, 1), (2, false, 9, 1)]);
+        router.reply(stored(1, 1));
+        router.moved(&Moved { shard: 0, ended: 1, to: String::new() });
+        router.request(0, 9, &body(), 3).expect("room");
         router.take_outputs();
         router.claim(0, 2, &b);
-        let outputs = router.take_outputs();
-        assert!(outputs.iter().any(|output| matches!(output, Output::Lost(1))), "{outputs:?}");
-        assert_eq!(sent(outputs), [("b".to_owned(), 2, 3)]);
+        assert_eq!(marks(router.take_outputs()), [(2, true, 9, 2), (3, false, 9, 2)]);
     }
 
     #[test]
@@ -399,7 +389,7 @@ mod tests {
                     match output {
                         Output::Send(to, request) => inbox.push_back((to, request)),
                         Output::Done(..) => answered += 1,
-                        Output::Lost(_) | Output::Ready { .. } => {}
+                        Output::Ready { .. } => {}
                     }
                 }
             }

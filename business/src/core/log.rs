@@ -63,6 +63,10 @@ pub(super) struct OwnedShard {
     pub(super) outgoing: Outgoing,
     parked: BTreeMap<u64, Parked>,
     next_parked: u64,
+    /// Conversations whose load failed and is waited for nevertheless.
+    load_again: Vec<(Duration, Arc<str>)>,
+    /// The last message refused of a group; see `Request::oldest`.
+    refused: Map<(LinkId, u64), u64>,
 
     load: f64,
     pub(super) load_count: u64,
@@ -144,9 +148,16 @@ impl OwnedShard {
             outgoing: Outgoing::new(tail.watermark, now),
             parked: BTreeMap::new(),
             next_parked: 1,
+            load_again: Vec::new(),
+            refused: Map::default(),
             load: 0.0,
             load_count: 0,
         }
+    }
+
+    pub(super) fn describe(&self) -> String {
+        let (epoch, ops, parked) = (self.epoch, self.ops.len(), self.parked.len());
+        format!("owned at {epoch}: {ops} ops, {parked} parked, under way {}, leaving {:?}", self.under_way.is_some(), self.leaving)
     }
 
     /// The highest `pos` stored.
@@ -160,7 +171,7 @@ impl OwnedShard {
     pub(super) fn ask(&mut self, env: &mut Env, ask: Ask) {
         if env.now.mono > self.confirmed_at + CONFIRMED_FOR {
             // Perhaps somebody else owns it by now: the check under way, or the next, tells.
-            if self.stalled.len() >= env.limits.shard_ops_max {
+            if self.stalled.len() >= env.limits.shard_ops_max && ask.may_be_refused() {
                 return env.refuse(ask.to, Refusal::Busy, "the store is slow to confirm this shard");
             }
             return self.stalled.push_back(ask);
@@ -184,7 +195,7 @@ impl OwnedShard {
         }
         let missing = self.load_missing(env, &ask.body);
         if missing > 0 {
-            if env.parked >= env.limits.parked_max {
+            if env.parked >= env.limits.parked_max && ask.may_be_refused() {
                 // The loads go on: the next attempt finds them done.
                 self.forget_waiter(self.next_parked);
                 return env.refuse(ask.to, Refusal::Busy, "too many requests wait for the store");
@@ -253,8 +264,8 @@ impl OwnedShard {
             Op::User(_) => None,
         };
         match to {
-            Some(to) if self.ops.len() >= env.limits.shard_ops_max => {
-                env.refuse(to, Refusal::Busy, "the shard's queue is full: try again in a moment");
+            Some(to) if self.ops.len() >= env.limits.shard_ops_max && !to.again => {
+                self.refuse_in_turn(env, to, Refusal::Busy, "the shard's queue is full: try again in a moment");
             }
             _ => self.ops.push_back(op),
         }
@@ -302,6 +313,10 @@ impl OwnedShard {
 
     fn load_conversation(&mut self, env: &mut Env, conversation: Arc<str>, waiter: Option<u64>) {
         self.conversations.insert(conversation.clone(), Cached::Loading(waiter.into_iter().collect()));
+        self.ask_for_conversation(env, conversation);
+    }
+
+    fn ask_for_conversation(&mut self, env: &mut Env, conversation: Arc<str>) {
         let call = StoreCall::LoadConversation { shard: self.number, conversation: conversation.clone() };
         env.call(call, Context::LoadConversation { shard: self.number, epoch: self.epoch, conversation });
     }
@@ -324,28 +339,70 @@ impl OwnedShard {
             Err(error) => Err(store_refusal(&error)),
         };
         let Some(Cached::Loading(waiters)) = self.conversations.remove(&id) else { return };
-        let outcome = loaded.map(|value| {
-            self.conversations.insert(id, Cached::Ready { value, used_at: env.now.mono });
-        });
-        self.wake(env, waiters, outcome);
+        match loaded {
+            Ok(value) => {
+                self.conversations.insert(id, Cached::Ready { value, used_at: env.now.mono });
+                self.wake(env, waiters);
+            }
+            Err((code, reason)) => {
+                let waiters = self.refuse_waiters(env, waiters, code, &reason);
+                if !waiters.is_empty() {
+                    self.conversations.insert(id.clone(), Cached::Loading(waiters));
+                    self.load_again.push((env.now.mono + RETRY_PAUSE, id));
+                }
+            }
+        }
         self.notify_backlog(env);
     }
 
-    /// What requests waited for is there, or can't be had.
-    pub(super) fn wake(&mut self, env: &mut Env, waiters: Vec<u64>, outcome: Result<(), (Refusal, String)>) {
+    /// A load failed: tells those whom a refusal does not mislead, and gives the others back.
+    pub(super) fn refuse_waiters(&mut self, env: &mut Env, waiters: Vec<u64>, code: Refusal, reason: &str) -> Vec<u64> {
+        let mut patient = Vec::new();
+        for waiter in waiters {
+            match self.parked.get(&waiter) {
+                Some(parked) if parked.ask.may_be_refused() => {
+                    if let Some(Parked { ask, .. }) = self.parked.remove(&waiter) {
+                        env.parked -= 1;
+                        self.refuse_in_turn(env, ask.to, code, reason);
+                    }
+                }
+                Some(_) => patient.push(waiter),
+                None => {}
+            }
+        }
+        patient
+    }
+
+    /// Refuses, and remembers that nothing of the same group may overtake it until the sender knows.
+    fn refuse_in_turn(&mut self, env: &mut Env, to: ReplyTo, code: Refusal, reason: &str) {
+        if to.order != 0 {
+            self.refused.insert((to.link, to.order), to.id);
+        }
+        env.refuse(to, code, reason);
+    }
+
+    /// Whether an earlier message of the group was refused and the sender may not have known when it sent this one.
+    fn would_overtake(&mut self, to: &ReplyTo) -> bool {
+        match self.refused.get(&(to.link, to.order)) {
+            Some(refused) if to.oldest <= *refused && !to.again => to.id > *refused,
+            Some(_) => {
+                self.refused.remove(&(to.link, to.order));
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// What requests waited for is there.
+    pub(super) fn wake(&mut self, env: &mut Env, waiters: Vec<u64>) {
         for waiter in waiters {
             let Some(parked) = self.parked.get_mut(&waiter) else { continue };
             parked.missing -= 1;
-            if parked.missing > 0 && outcome.is_ok() {
-                continue;
-            }
-            let Some(parked) = self.parked.remove(&waiter) else { continue };
-            env.parked -= 1;
-            match &outcome {
-                Ok(()) if self.leaving.is_none() => self.dispatch(env, parked.ask),
-                // It is asked again of the new owner.
-                Ok(()) => {}
-                Err((code, reason)) => env.refuse(parked.ask.to, *code, reason.clone()),
+            if parked.missing == 0
+                && let Some(Parked { ask, .. }) = self.parked.remove(&waiter)
+            {
+                env.parked -= 1;
+                self.dispatch(env, ask);
             }
         }
     }
@@ -470,7 +527,16 @@ impl OwnedShard {
         env.reply(to, Answer::Group(info));
     }
 
-    pub(super) fn leave_rooms(&mut self, link: LinkId) {
+    /// A client's link ended. What came over it and is not being written yet is dropped: it is asked again over the next link, or nobody
+    /// waits for it; and it must not be stored behind something refused that the sender will never hear of.
+    pub(super) fn link_closed(&mut self, env: &mut Env, link: LinkId) {
+        self.refused.retain(|(refused, _), _| *refused != link);
+        self.ops.retain(|op| !matches!(op, Op::Send { to, .. } | Op::Mark { to, .. } if to.link == link));
+        let is_void = |ask: &Ask| ask.to.link == link && matches!(ask.body, body::Body::Send(_) | body::Body::MarkRead(_));
+        self.stalled.retain(|ask| !is_void(ask));
+        let before = self.parked.len();
+        self.parked.retain(|_, parked| !is_void(&parked.ask));
+        env.parked -= before - self.parked.len();
         self.rooms.retain(|_, viewers| {
             viewers.remove(&link);
             !viewers.is_empty()
@@ -553,12 +619,21 @@ impl OwnedShard {
         match op {
             Op::Send { to, send, key } => {
                 let Some(conversation) = self.conversation(&send.conversation) else {
-                    return env.refuse(to, Refusal::Busy, "the conversation left memory: send again");
+                    return self.refuse_in_turn(env, to, Refusal::Busy, "the conversation left memory: send again");
                 };
                 let id = conversation.id.clone();
                 if !conversation.is_member(&send.sender) {
-                    return env.refuse(to, Refusal::NotAMember, "not a member of this conversation");
+                    // He may have been one when it was stored.
+                    match conversation.cached_by_key(&key).map(|entry| Stored { seq: entry.seq, ts_ms: entry.ts_ms }) {
+                        Some(stored) if to.again => env.reply(to, Answer::Stored(stored)),
+                        _ => self.refuse_in_turn(env, to, Refusal::NotAMember, "not a member of this conversation"),
+                    }
+                    return;
                 }
+                if self.would_overtake(&to) {
+                    return self.refuse_in_turn(env, to, Refusal::Busy, "an earlier message of this connection was refused: send again");
+                }
+                let Some(conversation) = self.conversation(&id) else { return };
                 if forming.closed.contains(&id) || !forming.keys.insert((id.clone(), key.clone())) {
                     // The same key twice: the second waits until the first is stored, and everything behind it too.
                     forming.closed.insert(id);
@@ -717,9 +792,10 @@ impl OwnedShard {
         let mut again = Vec::new();
         for write in formed {
             match write {
-                Formed::Send { to, .. } | Formed::Mark { to, .. } | Formed::Group { to, .. } => {
-                    env.refuse(to, Refusal::StoreUnavailable, reason);
+                Formed::Send { to, .. } | Formed::Mark { to, .. } | Formed::Group { to, .. } if !to.again => {
+                    self.refuse_in_turn(env, to, Refusal::StoreUnavailable, reason);
                 }
+                Formed::Send { .. } | Formed::Mark { .. } | Formed::Group { .. } => again.extend(reopen(write)),
                 Formed::Implied { .. } => {}
                 Formed::User(write) => again.extend(self.user_write_refused(env, write, reason).map(Op::User)),
             }
@@ -746,6 +822,13 @@ impl OwnedShard {
     // ---- now and then ---------------------------------------------------------------------------------------------------
 
     pub(super) fn tick(&mut self, env: &mut Env) {
+        let now = env.now.mono;
+        let (due, later) = std::mem::take(&mut self.load_again).into_iter().partition(|(at, _)| *at <= now);
+        self.load_again = later;
+        let due: Vec<(Duration, Arc<str>)> = due;
+        for (_, conversation) in due {
+            self.ask_for_conversation(env, conversation);
+        }
         self.retry_notifications(env);
         self.tick_users(env);
     }

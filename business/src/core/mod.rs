@@ -26,7 +26,7 @@ use im_proto::control::{Command, Hello, Report, report};
 use im_proto::ids::MemberId;
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
-    Body, ClientFrame, Done, Moved, Owned, Push, Refusal, Refused, Reply, Request, Role, ServerFrame, body, client_frame, push,
+    Body, ClientFrame, Done, Moved, Owned, Push, Refusal, Refused, Register, Reply, Request, Role, ServerFrame, body, client_frame, push,
     server_frame,
 };
 use im_proto::router::{self, Router};
@@ -168,12 +168,17 @@ pub struct Stats {
     pub malformed: u64,
 }
 
-/// Where an answer goes.
+/// Where an answer goes, and what it may be.
 #[derive(Debug, Clone, Copy)]
 struct ReplyTo {
     link: LinkId,
     id: u64,
     epoch: u64,
+    /// It may have been done before: no refusal for now.
+    again: bool,
+    /// See `Request::order`, `Request::oldest`.
+    order: u64,
+    oldest: u64,
 }
 
 /// A request taken apart.
@@ -182,6 +187,18 @@ struct Ask {
     to: ReplyTo,
     shard: u32,
     body: body::Body,
+}
+
+impl Ask {
+    /// Whether "not now" is an answer: not to what may have been done before, and not to what a session says of its own life.
+    fn may_be_refused(&self) -> bool {
+        let is_announcement = |register: &Register| register.number.is_some();
+        match &self.body {
+            body::Body::Close(_) => false,
+            body::Body::Register(register) if is_announcement(register) => false,
+            _ => !self.to.again,
+        }
+    }
 }
 
 /// A gateway as known through its link; outlives a break of it for a while.
@@ -326,7 +343,7 @@ struct Schedule {
 }
 
 impl Core {
-    /// A member that owns nothing yet. Asks the store at once which shards an earlier boot of its name held.
+    /// A member that owns nothing yet. Once it has a map it asks the store which shards an earlier boot of its name held.
     pub fn new(me: MemberId, limits: Limits, now: Now) -> Self {
         let env = Env {
             me,
@@ -346,9 +363,7 @@ impl Core {
             outputs: Vec::new(),
             stats: Stats::default(),
         };
-        let mut core = Self { env, slots: BTreeMap::new(), term: 0, number: 0, next: Schedule::default() };
-        core.env.call(StoreCall::Shards, Context::Shards);
-        core
+        Self { env, slots: BTreeMap::new(), term: 0, number: 0, next: Schedule::default() }
     }
 
     /// Who this is.
@@ -367,6 +382,15 @@ impl Core {
             Slot::Owned(owned) => Some((*shard, owned.epoch)),
             _ => None,
         })
+    }
+
+    /// What this member is to a shard, in a few words.
+    pub fn describe(&self, shard: u32) -> String {
+        match self.slots.get(&shard) {
+            None | Some(Slot::Vacant) => "vacant".to_owned(),
+            Some(Slot::Acquiring(acquiring)) => format!("acquiring {acquiring:?}"),
+            Some(Slot::Owned(owned)) => owned.describe(),
+        }
     }
 
     /// What there is to do since the last call.
@@ -419,8 +443,7 @@ impl Core {
                         let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request)) };
                         self.env.outputs.push(Output::Peer { to, frame });
                     }
-                    router::Output::Done(token, outcome) => self.peer_answered(token, Some(outcome)),
-                    router::Output::Lost(token) => self.peer_answered(token, None),
+                    router::Output::Done(token, outcome) => self.peer_answered(token, outcome),
                     router::Output::Ready { .. } => {}
                 }
             }
@@ -466,7 +489,7 @@ impl Core {
         }
         for slot in self.slots.values_mut() {
             if let Slot::Owned(owned) = slot {
-                owned.leave_rooms(link);
+                owned.link_closed(&mut self.env, link);
             }
         }
     }
@@ -489,30 +512,39 @@ impl Core {
     }
 
     fn request(&mut self, link: LinkId, request: Request) {
-        let to = ReplyTo { link, id: request.id, epoch: request.epoch };
-        let moved = |ended, destination: &str| Outcome::Moved(Moved { shard: request.shard, ended, to: destination.to_owned() });
-        match self.slots.get_mut(&request.shard) {
-            Some(Slot::Owned(owned)) if owned.epoch == request.epoch && owned.leaving.is_none() => {
+        let Request { id, shard, epoch, again, order, oldest, .. } = request;
+        let to = ReplyTo { link, id, epoch, again, order, oldest };
+        let moved = |destination: &str| Outcome::Moved(Moved { shard, ended: epoch, to: destination.to_owned() });
+        match self.slots.get_mut(&shard) {
+            Some(Slot::Owned(owned)) if owned.epoch == epoch && owned.leaving.is_none() => {
                 let Ok(Body { body: Some(body) }) = Body::decode(request.body) else {
                     self.env.stats.malformed += 1;
                     return self.env.refuse(to, Refusal::Invalid, "the request can't be decoded");
                 };
-                owned.ask(&mut self.env, Ask { to, shard: request.shard, body });
+                owned.ask(&mut self.env, Ask { to, shard, body });
             }
             Some(Slot::Owned(owned)) => {
                 let destination = owned.leaving.as_ref().map_or("", |leaving| leaving.to.as_str());
-                let outcome = moved(request.epoch, destination);
+                let outcome = moved(destination);
                 self.env.reply(to, outcome);
+            }
+            Some(Slot::Acquiring(acquiring)) if acquiring.may_be_won(epoch) => {
+                if acquiring.early.len() < self.env.limits.shard_ops_max {
+                    acquiring.early.push((link, request));
+                } else {
+                    // Over the next link it is asked again.
+                    self.env.outputs.push(Output::CloseLink(link));
+                }
             }
             // What was asked of an owner that does not know what it stored is sent again once it does; while the store is away for long,
             // new requests are refused.
-            Some(Slot::Acquiring(acquiring)) if acquiring.recovering == Some(request.epoch) => {
-                if self.env.now.mono > acquiring.since + ownership::RECOVERY_SILENCE {
+            Some(Slot::Acquiring(acquiring)) if acquiring.recovering == Some(epoch) => {
+                if !again && self.env.now.mono > acquiring.since + ownership::RECOVERY_SILENCE {
                     self.env.refuse(to, Refusal::StoreUnavailable, "the store does not answer");
                 }
             }
             _ => {
-                let outcome = moved(request.epoch, "");
+                let outcome = moved("");
                 self.env.reply(to, outcome);
             }
         }

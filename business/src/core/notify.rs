@@ -197,10 +197,10 @@ impl OwnedShard {
         }
     }
 
-    fn notified(&mut self, env: &mut Env, pos: u64, recipients_shard: u32, outcome: Option<Outcome>) {
+    fn notified(&mut self, env: &mut Env, pos: u64, recipients_shard: u32, outcome: Outcome) {
         let Some(pending) = self.outgoing.pending.get_mut(&pos) else { return };
         let Some(index) = pending.parts.iter().position(|part| part.shard == recipients_shard) else { return };
-        if let Some(Outcome::Done(_)) = outcome {
+        if let Outcome::Done(_) = outcome {
             pending.parts.swap_remove(index);
             self.load_count += 1;
             if pending.parts.is_empty() {
@@ -231,8 +231,8 @@ impl OwnedShard {
 }
 
 impl Core {
-    /// Another owner answered; `None`: it can't be learnt what it did.
-    pub(super) fn peer_answered(&mut self, token: PeerToken, outcome: Option<Outcome>) {
+    /// Another owner answered.
+    pub(super) fn peer_answered(&mut self, token: PeerToken, outcome: Outcome) {
         if let PeerToken::Notify { shard, epoch, pos, recipients_shard } = token
             && let Some(owned) = owned_at(&mut self.slots, shard, epoch)
         {

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use im_proto::control::{self, Command, Role as ControlRole, ShardEpoch, ShardLoad, command, report};
 use im_proto::ids::MemberId;
-use im_proto::link::{Moved, Owned, OwnedShard as OwnedClaim, Refusal, server_frame};
+use im_proto::link::{Moved, Owned, OwnedShard as OwnedClaim, Refusal, Request, server_frame};
 use im_proto::router::{self, Router};
 
 use super::calls::{StoreAnswer, StoreCall};
 use super::log::OwnedShard;
-use super::{Context, Core, Output, owned_at};
+use super::{Context, Core, LinkId, Output, owned_at};
 use crate::store::{Acquired, Claim, Outcome, Released, ShardRow, StoreError};
 
 /// An owner that the store has not confirmed for so long answers nothing until it has.
@@ -37,6 +37,7 @@ pub(super) enum Slot {
 }
 
 /// A shard on its way to us.
+#[derive(Debug)]
 pub(super) struct Acquiring {
     claim: Claim,
     pub(super) since: Duration,
@@ -44,6 +45,15 @@ pub(super) struct Acquiring {
     pub(super) recovering: Option<u64>,
     /// Ask (again) at this time; `None` while asked.
     ask_at: Option<Duration>,
+    /// Requests of those who learnt from the store's row, by way of the map, that we own it before its answer reached us.
+    pub(super) early: Vec<(LinkId, Request)>,
+}
+
+impl Acquiring {
+    /// Whether this may be the epoch that we have already won.
+    pub(super) fn may_be_won(&self, epoch: u64) -> bool {
+        epoch > self.claim.expected_epoch
+    }
 }
 
 /// A shard on its way from us.
@@ -117,6 +127,7 @@ impl Core {
             for (shard, epoch) in self.held().collect::<Vec<_>>() {
                 self.env.router.claim(shard, epoch, &self.env.me.clone());
             }
+            self.env.call(StoreCall::Shards, Context::Shards);
         }
         let mut members = Vec::new();
         self.env.map_gateways = BTreeSet::new();
@@ -163,7 +174,7 @@ impl Core {
             Some(Slot::Acquiring(acquiring)) if acquiring.ask_at.is_none() => {}
             _ => {
                 let shard = claim.shard;
-                self.slots.insert(shard, Slot::Acquiring(Acquiring { claim, since, recovering, ask_at: Some(since) }));
+                self.slots.insert(shard, Slot::Acquiring(Acquiring { claim, since, recovering, ask_at: Some(since), early: Vec::new() }));
             }
         }
     }
@@ -195,7 +206,7 @@ impl Core {
             }
             return;
         };
-        let (mut won, mut lost) = (Vec::new(), Vec::new());
+        let (mut won, mut lost, mut early) = (Vec::new(), Vec::new(), Vec::new());
         for (claim, outcome) in claims.into_iter().zip(outcomes) {
             let Some(Slot::Acquiring(acquiring)) = self.slots.get_mut(&claim.shard) else { continue };
             match outcome {
@@ -209,6 +220,7 @@ impl Core {
                         self.env.broadcast(server_frame::Frame::Moved(moved));
                     }
                     self.env.stats.acquired += 1;
+                    early.append(&mut acquiring.early);
                     self.slots.insert(tail.shard, Slot::Owned(Box::new(OwnedShard::new(tail, self.env.now.mono))));
                     self.env.router.claim(tail.shard, tail.epoch, &self.env.me.clone());
                     won.push((tail.shard, tail.epoch));
@@ -220,6 +232,7 @@ impl Core {
                 }
                 Acquired::Lost(row) => {
                     let ended = acquiring.recovering;
+                    early.append(&mut acquiring.early);
                     self.slots.insert(row.shard, Slot::Vacant);
                     if let Some(ended) = ended {
                         let to = row.owner.as_ref().map_or_else(String::new, ToString::to_string);
@@ -242,6 +255,9 @@ impl Core {
         }
         self.report_lost(&lost);
         self.ask_for_wanted();
+        for (link, request) in early {
+            self.request(link, request);
+        }
     }
 
     fn report_lost(&mut self, rows: &[ShardRow]) {

@@ -18,7 +18,7 @@ use prost::Message;
 
 use super::calls::{StoreAnswer, StoreCall, UserRows, keys};
 use super::log::{Cached, IDLE_MAX, OwnedShard};
-use super::ownership::{Slot, store_refusal};
+use super::ownership::{RETRY_PAUSE, Slot, store_refusal};
 use super::{Context, Core, Env, JobKey, LOCAL, Map, ReplyTo};
 use crate::store::{Put, StoreError};
 
@@ -46,6 +46,8 @@ pub(super) struct Users {
     jobs: BTreeMap<u64, Job>,
     sessions_counted: u64,
     takeovers: Vec<(Duration, Arc<str>, Arc<str>)>,
+    /// Users whose load failed and is waited for nevertheless.
+    load_again: Vec<(Duration, Arc<str>)>,
     dirty: BTreeSet<(Arc<str>, Arc<str>)>,
     write_cursors_at: Duration,
 }
@@ -124,6 +126,7 @@ impl Users {
             jobs: BTreeMap::new(),
             sessions_counted: 0,
             takeovers: Vec::new(),
+            load_again: Vec::new(),
             dirty: BTreeSet::new(),
             write_cursors_at: now + CURSOR_INTERVAL,
         }
@@ -231,8 +234,7 @@ impl OwnedShard {
                 None => {
                     let user: Arc<str> = user.into();
                     self.users.users.insert(user.clone(), Cached::Loading(vec![waiter]));
-                    let call = StoreCall::LoadUser { shard: self.number, user: user.clone() };
-                    env.call(call, Context::LoadUser { shard: self.number, epoch: self.epoch, user });
+                    ask_for_user(env, self.number, self.epoch, user);
                 }
             }
             missing += 1;
@@ -270,10 +272,19 @@ impl OwnedShard {
             Err(error) => Err(store_refusal(&error)),
         };
         let Some(Cached::Loading(waiters)) = self.users.users.remove(&id) else { return };
-        let outcome = loaded.map(|value| {
-            self.users.users.insert(id, Cached::Ready { value, used_at: env.now.mono });
-        });
-        self.wake(env, waiters, outcome);
+        match loaded {
+            Ok(value) => {
+                self.users.users.insert(id, Cached::Ready { value, used_at: env.now.mono });
+                self.wake(env, waiters);
+            }
+            Err((code, reason)) => {
+                let waiters = self.refuse_waiters(env, waiters, code, &reason);
+                if !waiters.is_empty() {
+                    self.users.users.insert(id.clone(), Cached::Loading(waiters));
+                    self.users.load_again.push((env.now.mono + RETRY_PAUSE, id));
+                }
+            }
+        }
     }
 
     // ---- requests -------------------------------------------------------------------------------------------------------
@@ -701,6 +712,12 @@ impl OwnedShard {
     pub(super) fn tick_users(&mut self, env: &mut Env) {
         let now = env.now.mono;
         self.release_held(env);
+        let (due, later) = std::mem::take(&mut self.users.load_again).into_iter().partition(|(at, _)| *at <= now);
+        self.users.load_again = later;
+        let due: Vec<(Duration, Arc<str>)> = due;
+        for (_, user) in due {
+            ask_for_user(env, self.number, self.epoch, user);
+        }
         if !self.users.takeovers.is_empty() {
             let (due, later) = std::mem::take(&mut self.users.takeovers).into_iter().partition(|(deadline, ..)| *deadline <= now);
             self.users.takeovers = later;
@@ -774,6 +791,10 @@ impl Core {
             }
         }
     }
+}
+
+fn ask_for_user(env: &mut Env, shard: u32, epoch: u64, user: Arc<str>) {
+    env.call(StoreCall::LoadUser { shard, user: user.clone() }, Context::LoadUser { shard, epoch, user });
 }
 
 fn kick_session(user: &str, device: &str, number: SessionNumber, reason: KickReason) -> push::Push {

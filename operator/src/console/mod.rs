@@ -1,7 +1,7 @@
 //! The console: the status as JSON, a page that draws it, and the table of `imcluster status`.
 
 use crate::control::status::{Status, TierStatus};
-use crate::metrics::{ScrapeError, get};
+use crate::metrics::{ScrapeError, export, get};
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -17,11 +17,12 @@ use tokio::sync::watch;
 /// From the question to the answer of `imcluster status`.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The console's HTTP service: `/` draws, `/status` is the JSON document, `/healthz`.
+/// The console's HTTP service: `/` draws, `/status` is the JSON document, `/metrics`, `/healthz`.
 pub fn router(status: watch::Receiver<Status>) -> Router {
     Router::new()
         .route("/", on_get(async || Html(include_str!("page.html"))))
         .route("/status", on_get(show_status))
+        .route("/metrics", on_get(show_metrics))
         .route("/healthz", on_get(async || "ok\n"))
         .with_state(status)
 }
@@ -30,6 +31,16 @@ async fn show_status(State(status): State<watch::Receiver<Status>>) -> Response 
     match serde_json::to_vec(&*status.borrow()) {
         Ok(json) => {
             ([(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")], json).into_response()
+        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+async fn show_metrics(State(status): State<watch::Receiver<Status>>) -> Response {
+    match export(&status.borrow()) {
+        Ok(page) => {
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(header::CONTENT_TYPE, kind)], page).into_response()
         }
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }

@@ -18,7 +18,7 @@ use futures::future::join_all;
 use im_crds::{ImCluster, Mode, Scaling};
 use im_proto::control::{self as wire, Role as WireRole, command::Command, report::Report};
 use im_proto::ids::MemberId;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -42,6 +42,8 @@ const PLATFORM_TIMEOUT: Duration = Duration::from_secs(2);
 const START_SHOWN_WITHIN: Duration = Duration::from_secs(5);
 /// A leaving business member that still owns shards after that stays.
 const EMPTY_DEADLINE: Duration = Duration::from_secs(120);
+/// An emptied business member stays that long, so that senders hear from itself who has its shards now.
+const EMPTY_LINGER: Duration = Duration::from_secs(1);
 /// A drain rate is told anew when it changed by this part.
 const RATE_CHANGE: f64 = 0.05;
 
@@ -83,6 +85,8 @@ struct Beat {
 /// A member that is to go.
 struct Leaving {
     since: Duration,
+    /// Since when it holds nothing.
+    empty_since: Option<Duration>,
     /// The drain rate that it was told, and on which stream.
     told: Option<(StreamId, f64)>,
 }
@@ -108,6 +112,8 @@ pub struct Leader<P> {
     began: Instant,
     setup: Setup,
     coordinator: Coordinator,
+    /// Until then control is new and only listens.
+    hearing_until: Duration,
     links: HashMap<MemberId, Link>,
     /// Where owners listened before control was started, until they dial in.
     remembered: BTreeMap<MemberId, String>,
@@ -148,6 +154,7 @@ impl<P: Platform> Leader<P> {
             cluster_error: None,
             began,
             coordinator,
+            hearing_until: setup.timing.hearing,
             links: HashMap::new(),
             remembered,
             gateway: TierState::default(),
@@ -195,6 +202,7 @@ impl<P: Platform> Leader<P> {
                     if std::mem::take(&mut self.round_due) {
                         self.round().await;
                     }
+                    self.end_hearing();
                     self.save();
                     if shown.elapsed() >= SHOW_INTERVAL {
                         shown = Instant::now();
@@ -215,7 +223,25 @@ impl<P: Platform> Leader<P> {
 
     /// Whether control is new and only listens.
     fn hears(&self) -> bool {
-        self.now() < self.setup.timing.hearing
+        self.now() < self.hearing_until
+    }
+
+    /// Stops listening as soon as every process of both tiers has dialled in: there is nobody left to wait for.
+    fn end_hearing(&mut self) {
+        let mut tiers = self.view.processes.iter().filter(|process| Tier::of(process.role).is_some()).peekable();
+        let somebody = tiers.peek().is_some();
+        let all = tiers.all(|process| self.live_link(process).is_some());
+        if self.hears() && somebody && all && self.gateway.started.is_empty() && self.business.started.is_empty() {
+            self.hearing_until = self.now();
+            self.coordinator.end_hearing(self.hearing_until);
+            self.map_changed = true;
+            // The platform shows every process there is, and each has said who it is: other owners have ended.
+            let owners = self.coordinator.map().rows().iter().filter_map(|row| row.owner.as_ref());
+            let ended: BTreeSet<MemberId> = owners.filter(|owner| !self.links.contains_key(*owner)).cloned().collect();
+            for member in ended {
+                self.decide(Event::MemberGone { member, confirmed_dead: true });
+            }
+        }
     }
 
     fn tier(&mut self, tier: Tier) -> &mut TierState {
@@ -588,6 +614,7 @@ impl<P: Platform> Leader<P> {
         let snapshot = self.coordinator.snapshot(now);
         let acts = self.cluster.spec.mode == Mode::Auto && !self.cluster.spec.paused;
         for tier in Tier::ALL {
+            self.note_empty(tier, &snapshot);
             let members = self.tier_members(tier, &snapshot);
             let measured = self.measured(tier);
             let cluster = self.cluster.clone();
@@ -617,6 +644,28 @@ impl<P: Platform> Leader<P> {
         self.plan(acts);
     }
 
+    /// Notes since when each leaving member of the tier holds nothing.
+    fn note_empty(&mut self, tier: Tier, snapshot: &Snapshot) {
+        let now = self.now();
+        let holds_nothing = |name: &String, leaving: &Leaving| {
+            let Some(process) = self.view.process(name) else { return true };
+            match (tier, self.live_link(process)) {
+                (Tier::Gateway, Some((_, link))) => leaving.told.is_some() && link.beat.drained,
+                (Tier::Business, Some((member, _))) => held_or_coming(snapshot, member) == 0,
+                // It ended by itself, or does not answer: only the first means that it holds nothing.
+                (_, None) => process.pid.is_none(),
+            }
+        };
+        let state = match tier {
+            Tier::Gateway => &self.gateway,
+            Tier::Business => &self.business,
+        };
+        let empty: Vec<bool> = state.leaving.iter().map(|(name, leaving)| holds_nothing(name, leaving)).collect();
+        for (leaving, empty) in self.tier(tier).leaving.values_mut().zip(empty) {
+            leaving.empty_since = if empty { leaving.empty_since.or(Some(now)) } else { None };
+        }
+    }
+
     fn tier_members(&self, tier: Tier, snapshot: &Snapshot) -> Vec<TierMember> {
         let now = self.now();
         let state = match tier {
@@ -640,12 +689,13 @@ impl<P: Platform> Leader<P> {
                         Tier::Gateway => self.cluster.spec.gateway.drain.deadline.duration(),
                         Tier::Business => EMPTY_DEADLINE,
                     };
-                    let empty = match (tier, live) {
-                        (Tier::Gateway, Some((_, link))) => leaving.told.is_some() && link.beat.drained,
-                        (Tier::Business, Some(_)) => cost == 0,
-                        // It ended by itself, or does not answer: only the first means that it holds nothing.
-                        (_, None) => process.pid.is_none(),
+                    let lingers = match tier {
+                        Tier::Gateway => Duration::ZERO,
+                        // With nobody there it lingers for nobody.
+                        Tier::Business if process.pid.is_none() => Duration::ZERO,
+                        Tier::Business => EMPTY_LINGER,
                     };
+                    let empty = leaving.empty_since.is_some_and(|since| now.saturating_sub(since) >= lingers);
                     Stage::Leaving { empty, overdue: now.saturating_sub(leaving.since) >= deadline }
                 }
                 (_, None) if live.is_some() => Stage::Ready,
@@ -686,7 +736,7 @@ impl<P: Platform> Leader<P> {
                 let how = if tier == Tier::Gateway { "sheds its connections" } else { "gives its shards away" };
                 self.tell(format!("{name} leaves: it {how} first"));
                 self.mark_leaving(tier, &name, true);
-                self.tier(tier).leaving.insert(name, Leaving { since: now, told: None });
+                self.tier(tier).leaving.insert(name, Leaving { since: now, empty_since: None, told: None });
                 self.round_due = true;
             }
             Step::Return(index) => {

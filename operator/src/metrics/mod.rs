@@ -1,9 +1,15 @@
-//! Direct scrape: what each member exports, read from the member itself.
+//! Metrics both ways: direct scrape, what each member exports, read from the member itself; and what control exports.
 
+use crate::control::status::Status;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::Request;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
@@ -98,6 +104,45 @@ pub fn parse(page: &str) -> Sample {
     sample
 }
 
+/// What control exports, in Prometheus' text format: the numbers of the status.
+///
+/// # Errors
+/// None that can happen: it is written to memory.
+pub fn export(status: &Status) -> Result<String, std::fmt::Error> {
+    let mut registry = Registry::with_prefix("im");
+    let members = Family::<[(&str, &str); 2], Gauge>::default();
+    for (tier, shown) in [("gateway", &status.tiers.gateway), ("business", &status.tiers.business)] {
+        for (count, value) in [("running", shown.replicas), ("ready", shown.ready), ("desired", shown.desired)] {
+            members.get_or_create(&[("tier", tier), ("count", count)]).set(value.into());
+        }
+    }
+    registry.register("tier_members", "Members of a tier: that run, that serve, that there should be", members);
+    let shards = Family::<[(&str, &str); 1], Gauge>::default();
+    let shown = &status.shards;
+    for (count, value) in
+        [("total", shown.total), ("owned", shown.owned), ("moving", shown.moving), ("queued", shown.queued)]
+    {
+        shards.get_or_create(&[("count", count)]).set(value.into());
+    }
+    registry.register("shards", "Shards: all, with an owner that lives, under way, about to move", shards);
+    let term = Gauge::<i64>::default();
+    term.set(i64::try_from(shown.term).unwrap_or(i64::MAX));
+    registry.register("map_term", "Term of the shard map", term);
+    let verdicts = Family::<[(&str, &str); 1], Gauge>::default();
+    for verdict in ["True", "False", "Unknown"] {
+        verdicts.get_or_create(&[("status", verdict)]).set((status.no_message_lost.status == verdict).into());
+    }
+    registry.register("no_message_lost", "1 at what the store says about acknowledged messages", verdicts);
+    if let Some(lag) = status.watermark_lag_seconds {
+        let gauge = Gauge::<f64, AtomicU64>::default();
+        gauge.set(lag);
+        registry.register("watermark_lag_seconds", "Age of the oldest message not notified to all", gauge);
+    }
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,6 +154,26 @@ mod tests {
                     im_messages_per_second{kind=\"c\"} 2 1700000000000\nim_cpu_cores NaN\n# EOF\n";
         let expected = Sample { connections: Some(12.0), messages_per_second: Some(3.5), cpu_cores: None };
         assert_eq!(parse(page), expected);
+    }
+
+    #[test]
+    fn the_numbers_of_the_status_are_exported() {
+        let mut status = Status { watermark_lag_seconds: Some(1.5), ..Status::default() };
+        status.tiers.gateway.desired = 3;
+        status.shards.total = 256;
+        status.no_message_lost.status = "True".into();
+        let page = export(&status).expect("written to memory");
+        for line in [
+            "im_tier_members{tier=\"gateway\",count=\"desired\"} 3",
+            "im_shards{count=\"total\"} 256",
+            "im_no_message_lost{status=\"True\"} 1",
+            "im_no_message_lost{status=\"False\"} 0",
+            "im_watermark_lag_seconds 1.5",
+        ] {
+            assert!(page.lines().any(|found| found == line), "no `{line}` in\n{page}");
+        }
+        let silent = export(&Status::default()).expect("written to memory");
+        assert!(!silent.contains("im_watermark_lag_seconds"), "unknown is not zero");
     }
 
     #[test]

@@ -279,6 +279,11 @@ impl Coordinator {
         self.map.begin_term(heard + 1);
     }
 
+    /// Ends the listening early: every member there is has been heard.
+    pub fn end_hearing(&mut self, now: Duration) {
+        self.hearing_until = self.hearing_until.min(now);
+    }
+
     /// Follows an edit of the budget.
     pub fn set_rebalance(&mut self, rebalance: Rebalance) {
         self.rebalance = rebalance;

@@ -1,0 +1,211 @@
+//! A gateway with real sockets against a fake owner.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{Client, PLAIN, eventually, gateway};
+use im_gateway::connection::WebSocket;
+use im_gateway::mqtt::Reason;
+use rustls::pki_types::{CertificateDer, ServerName};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+
+async fn chat<S: AsyncRead + AsyncWrite + Unpin>(alice: S, bob: S) {
+    let mut alice = Client::connect(alice, "alice", "phone").await;
+    let mut bob = Client::connect(bob, "bob", "tablet").await;
+    assert_eq!(bob.subscribe("inbox/#").await, 1);
+    let large = vec![b'x'; 5_000];
+    for (id, payload) in [(1, b"hello".as_slice()), (2, &large)] {
+        let (code, properties) = alice.publish(id, "u/bob", payload).await;
+        assert_eq!(code, 0);
+        assert!(properties.contains(&id.to_string()), "{properties}");
+        let message = bob.message().await;
+        assert_eq!((message.topic.as_str(), message.payload.as_slice()), ("inbox/u/alice/alice", payload));
+    }
+    assert_eq!(alice.publish(3, "g/closed", b"x").await.0, Reason::NotAuthorized.code());
+    assert_eq!(alice.publish(4, "nowhere", b"x").await.0, Reason::TopicNameInvalid.code());
+    assert_eq!(alice.publish(5, "read/u/bob", b"2").await.0, 0);
+}
+
+#[tokio::test]
+async fn chat_over_tcp() {
+    let (running, owner) = gateway(PLAIN).await;
+    let address = running.mqtt.unwrap();
+    eventually("the link is up", || running.gateway.hub.shards() > 0).await;
+    chat(TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()).await;
+    eventually("both sessions are closed at their owner", || owner.closes() == 2).await;
+    eventually("the pushes are acknowledged", || owner.took() == 2).await;
+    eventually("no connection is left", || running.gateway.hub.connections() == 0).await;
+}
+
+#[tokio::test]
+async fn chat_over_web_socket() {
+    let (running, _owner) = gateway(PLAIN).await;
+    let address = running.web_socket.unwrap();
+    let dial = || async move {
+        let mut request = format!("ws://{address}/mqtt").into_client_request().unwrap();
+        request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("mqtt"));
+        let (stream, response) =
+            tokio_tungstenite::client_async(request, TcpStream::connect(address).await.unwrap()).await.unwrap();
+        assert_eq!(response.headers()["sec-websocket-protocol"], "mqtt");
+        WebSocket::new(stream)
+    };
+    chat(dial().await, dial().await).await;
+    let plain = format!("ws://{address}/mqtt").into_client_request().unwrap();
+    let refused = tokio_tungstenite::client_async(plain, TcpStream::connect(address).await.unwrap()).await;
+    assert!(refused.is_err(), "without the subprotocol");
+}
+
+#[tokio::test]
+async fn chat_over_tls() {
+    let folder = std::env::temp_dir().join(format!("im-gateway-tls-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));
+    std::fs::write(&cert, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let tls = format!(r#""tls":{{"address":"127.0.0.1:0","certFile":{cert:?},"keyFile":{key:?}}},"auth""#);
+    let (running, _owner) = gateway(&PLAIN.replace("\"auth\"", &tls)).await;
+    let address = running.tls.unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from(made.cert.der().to_vec())).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let connector =
+        tokio_rustls::TlsConnector::from(Arc::new(config.with_root_certificates(roots).with_no_client_auth()));
+    let dial = || async {
+        let stream = TcpStream::connect(address).await.unwrap();
+        connector.connect(ServerName::try_from("localhost").unwrap(), stream).await.unwrap()
+    };
+    chat(dial().await, dial().await).await;
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[tokio::test]
+async fn who_was_away_gets_what_was_missed_in_order() {
+    let (running, _owner) = gateway(PLAIN).await;
+    let address = running.mqtt.unwrap();
+    let mut alice = Client::connect(TcpStream::connect(address).await.unwrap(), "alice", "phone").await;
+    for id in 1..=200 {
+        assert_eq!(alice.publish(id, "u/bob", id.to_string().as_bytes()).await.0, 0);
+    }
+    let mut bob = Client::connect(TcpStream::connect(address).await.unwrap(), "bob", "tablet").await;
+    assert_eq!(bob.subscribe("inbox/#").await, 1);
+    for id in 1..=200 {
+        assert_eq!(bob.message().await.payload, id.to_string().into_bytes());
+    }
+}
+
+#[tokio::test]
+async fn rooms_fan_out() {
+    let (running, _owner) = gateway(PLAIN).await;
+    let address = running.mqtt.unwrap();
+    let mut viewers = Vec::new();
+    for index in 0..5 {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let mut viewer = Client::connect(stream, &format!("viewer{index}"), "tv").await;
+        assert_eq!(viewer.subscribe("r/stage").await, 0);
+        viewers.push(viewer);
+    }
+    assert_eq!(viewers[0].subscribe("r/+").await, Reason::TopicFilterInvalid.code());
+    let mut star = Client::connect(TcpStream::connect(address).await.unwrap(), "star", "mic").await;
+    assert_eq!(star.publish(1, "r/stage", b"la la").await.0, 0);
+    for viewer in &mut viewers {
+        let message = viewer.message().await;
+        assert_eq!((message.topic.as_str(), message.payload.as_slice()), ("r/stage", b"la la".as_slice()));
+    }
+}
+
+#[tokio::test]
+async fn a_drained_gateway_sends_its_clients_elsewhere_and_comes_back() {
+    let (running, owner) = gateway(PLAIN).await;
+    let address = running.mqtt.unwrap();
+    let mut client = Client::connect(TcpStream::connect(address).await.unwrap(), "alice", "phone").await;
+    running.member.drain(100.0);
+    let (first, body) = client.receive().await.expect("DISCONNECT");
+    assert_eq!((first, body[0]), (0xE0, Reason::UseAnotherServer.code()));
+    assert!(client.receive().await.is_none(), "and the socket closes");
+    drop(client);
+    eventually("drained", || running.member.is_drained()).await;
+    eventually("the session is closed", || owner.closes() == 1).await;
+    running.member.undrain();
+    let dial = async {
+        loop {
+            if let Ok(stream) = TcpStream::connect(address).await {
+                return stream;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let stream = tokio::time::timeout(Duration::from_secs(10), dial).await.unwrap();
+    Client::connect(stream, "alice", "phone").await;
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_mqtt_end_in_a_reason_or_a_close() {
+    let (running, _owner) = gateway(PLAIN).await;
+    let address = running.mqtt.unwrap();
+    let mut seed = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut next = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let mut bytes: Vec<u8> = (0..next() % 200 + 1).map(|_| next() as u8).collect();
+        if next() % 2 == 0 {
+            bytes[0] = 0x10;
+        }
+        // The gateway may close while we still write.
+        let _ = stream.write_all(&bytes).await;
+        let _ = stream.shutdown().await;
+        let mut answer = Vec::new();
+        let _ = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer)).await.expect("an end");
+    }
+    for packet in [[0x32, 0x02, 0x00, 0x01].as_slice(), &[0x00, 0x00], &[0xF0, 0x00], &[0x30, 0xFF, 0xFF, 0xFF, 0x7F]] {
+        let mut client = Client::connect(TcpStream::connect(address).await.unwrap(), "alice", "phone").await;
+        client.send(packet).await;
+        let (first, body) = client.receive().await.expect("DISCONNECT");
+        assert!(first == 0xE0 && body[0] >= 0x80, "{packet:?} {body:?}");
+    }
+    chat(TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()).await;
+}
+
+#[tokio::test]
+async fn the_json_api_answers_and_refuses_in_problem_documents() {
+    let (running, _owner) = gateway(PLAIN).await;
+    let address = running.http.unwrap();
+    let ask = |method: &'static str, path: &'static str, token: &'static str, body: &'static str| async move {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    let sent = ask("POST", "/v1/messages", "insecure:alice", r#"{"to":"bob","payload":"hi","id":"m1"}"#).await;
+    assert!(sent.contains("200 OK") && sent.contains("\"seq\":1"), "{sent}");
+    let history = ask("GET", "/v1/conversations/u/alice/messages", "insecure:bob", "").await;
+    assert!(history.contains("\"payload\":\"hi\"") && history.contains("\"from\":\"alice\""), "{history}");
+    let denied = ask("POST", "/v1/messages", "insecure:alice", r#"{"group":"closed","payload":"hi"}"#).await;
+    assert!(denied.contains("403 ") && denied.contains("application/problem+json"), "{denied}");
+    let kick = ask("POST", "/v1/users/bob/kick", "insecure:alice", "{}").await;
+    assert!(kick.contains("403 ") && kick.contains("service token"), "{kick}");
+    assert!(ask("POST", "/v1/users/bob/kick", "insecure-service", "{}").await.contains("204 "));
+    assert!(ask("GET", "/v1/conversations", "nonsense", "").await.contains("401 "));
+    assert!(ask("POST", "/v1/messages", "insecure:alice", "{").await.contains("400 "));
+    assert!(ask("GET", "/nowhere", "x", "").await.contains("404 "));
+    assert!(ask("GET", "/openapi.json", "x", "").await.contains("/v1/presence/{user}"));
+    assert!(ask("GET", "/readyz", "x", "").await.contains("200 OK"));
+    assert!(ask("GET", "/metrics", "x", "").await.contains("im_connections 0"));
+}

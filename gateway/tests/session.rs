@@ -1,0 +1,498 @@
+//! The session's state machine: the table of what clients may do, for both versions, and delivery under random interleavings.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use im_gateway::metrics::Metrics;
+use im_gateway::mqtt::{Connect, Packet, Publish, Reason, Subscribe, Version, Will};
+use im_gateway::session::{Answer, Effects, End, Identity, Session, SessionLimits, SessionRequest, Shared};
+use im_proto::link::reply::Outcome;
+use im_proto::link::{
+    Cursor, Deliver, Done, Entry, Fetched, Head, HeadList, IndexRow, KickReason, KickSession, Marked, Recipient,
+    Refusal, Refused, Registered, SessionNumber, Stored, Taken, body,
+};
+use mqtt_protocol_core::mqtt::packet::{v3_1_1, v5_0};
+use proptest::prelude::*;
+
+const NUMBER: SessionNumber = SessionNumber { epoch: 3, counter: 7 };
+
+fn shared() -> Arc<Shared> {
+    let limits = SessionLimits {
+        receive_maximum: 4,
+        packet_size_max: 65_536,
+        keep_alive_s_max: 100,
+        session_expiry_s_max: 1_000,
+        catch_up: 1_000,
+    };
+    Shared::new(0xB007, limits, Metrics::new())
+}
+
+fn connect(version: Version) -> Connect<'static> {
+    Connect {
+        version,
+        clean_start: false,
+        keep_alive_s: 60,
+        session_expiry_s: (version == Version::V5).then_some(500),
+        receive_maximum: 10,
+        packet_size_max: None,
+        problem_information: true,
+        client_id: "phone",
+        will: None,
+        username: Some("alice"),
+        password: None,
+    }
+}
+
+/// A session and what it wants done.
+struct Driven {
+    session: Session,
+    effects: Effects,
+    shared: Arc<Shared>,
+    now_ms: u64,
+}
+
+impl Driven {
+    fn open(connect: &Connect<'_>) -> Result<Self, Reason> {
+        let shared = shared();
+        let mut effects = Effects::default();
+        let authenticate = |_: &str, _: Option<&[u8]>| Ok(Identity { expires_at_ms: Some(500_000) });
+        let session =
+            Session::open(&shared, 16, 0, 1, connect, authenticate, &mut effects).map_err(|refused| refused.reason)?;
+        Ok(Self { session, effects, shared, now_ms: 0 })
+    }
+
+    fn registered(connect: &Connect<'_>, registered: Registered) -> Self {
+        let mut driven = Self::open(connect).unwrap();
+        driven.answer_next(Outcome::Registered(Registered { number: Some(NUMBER), ..registered }));
+        let packets = driven.packets();
+        assert_eq!(packets[0].0, 0x20, "{packets:?}");
+        driven
+    }
+
+    fn live(version: Version) -> Self {
+        Self::registered(&connect(version), Registered::default())
+    }
+
+    /// With inbox/# subscribed and nothing in the index.
+    fn subscribed(version: Version) -> Self {
+        let mut driven = Self::live(version);
+        driven.subscribe("inbox/#");
+        driven.answer_next(Outcome::Done(Done {}));
+        assert_eq!(driven.packets().last().unwrap().0, 0x90);
+        driven
+    }
+
+    fn next_request(&mut self) -> SessionRequest {
+        assert!(!self.effects.requests.is_empty(), "a request is expected");
+        self.effects.requests.remove(0)
+    }
+
+    fn answer_next(&mut self, outcome: Outcome) -> body::Body {
+        let request = self.next_request();
+        let ticket = request.ticket.unwrap();
+        self.session.on_answer(self.now_ms, ticket, Answer::Outcome(outcome), &mut self.effects);
+        request.body.body.unwrap()
+    }
+
+    fn refuse_next(&mut self, code: Refusal) {
+        self.answer_next(Outcome::Refused(Refused { code: code.into(), reason: String::new() }));
+    }
+
+    fn packet(&mut self, packet: Packet<'_>) {
+        self.session.on_packet(self.now_ms, packet, &mut self.effects);
+    }
+
+    fn publish(&mut self, packet_id: u16, topic: &str, payload: &[u8]) {
+        let qos = u8::from(packet_id != 0);
+        self.packet(Packet::Publish(Publish {
+            topic,
+            payload,
+            qos,
+            dup: false,
+            retain: false,
+            packet_id,
+            topic_alias: false,
+            id: None,
+        }));
+    }
+
+    fn subscribe(&mut self, filter: &str) {
+        self.packet(Packet::Subscribe(Subscribe { packet_id: 1, has_identifier: false, filters: vec![(filter, 1)] }));
+    }
+
+    fn tick(&mut self, now_ms: u64) {
+        self.now_ms = now_ms;
+        self.session.on_tick(now_ms, &mut self.effects);
+    }
+
+    fn deliver(&mut self, seq: u64) {
+        let recipient = Recipient { user: "alice".to_owned(), from_seq: 1, to_seq: 0, as_of: 0 };
+        let deliver = Deliver {
+            conversation: "u/alice/bob".to_owned(),
+            entry: Some(entry(seq)),
+            recipients: vec![recipient.clone()],
+        };
+        self.session.on_deliver(self.now_ms, &deliver, &recipient, &mut self.effects);
+    }
+
+    /// First byte and body of all packets that wait.
+    fn packets(&mut self) -> Vec<(u8, Vec<u8>)> {
+        let mut bytes = self.session.take_output().take_bytes();
+        self.session.on_written(self.now_ms, &mut self.effects);
+        let mut packets = Vec::new();
+        while !bytes.is_empty() {
+            let (mut length, mut index) = (0, 1);
+            loop {
+                length |= usize::from(bytes[index] & 0x7F) << (7 * (index - 1));
+                index += 1;
+                if bytes[index - 1] & 0x80 == 0 {
+                    break;
+                }
+            }
+            packets.push((bytes[0], bytes[index..index + length].to_vec()));
+            bytes = bytes.slice(index + length..);
+        }
+        packets
+    }
+}
+
+fn entry(seq: u64) -> Entry {
+    let payload = Bytes::from(seq.to_string());
+    Entry {
+        seq,
+        ts_ms: 1,
+        sender: "bob".to_owned(),
+        device: "tablet".to_owned(),
+        client_id: "c".to_owned(),
+        kind: 0,
+        payload,
+    }
+}
+
+#[test]
+fn what_a_connect_is_refused_for() {
+    let v5 = || connect(Version::V5);
+    let will = |topic, qos, retain| Some(Will { topic, payload: b"x", qos, retain });
+    let cases = [
+        (Connect { username: None, ..v5() }, Reason::BadCredentials),
+        (Connect { username: Some("al ice"), ..v5() }, Reason::BadCredentials),
+        (Connect { client_id: "a/b", ..v5() }, Reason::ClientIdNotValid),
+        (Connect { client_id: "", ..connect(Version::V311) }, Reason::ClientIdNotValid),
+        (Connect { will: will("u/bob", 0, false), ..v5() }, Reason::TopicNameInvalid),
+        (Connect { will: will("r/stage", 2, false), ..v5() }, Reason::QosNotSupported),
+        (Connect { will: will("r/stage", 0, true), ..v5() }, Reason::RetainNotSupported),
+    ];
+    for (connect, reason) in cases {
+        assert_eq!(Driven::open(&connect).map(|_| ()), Err(reason), "{connect:?}");
+    }
+    assert!(Driven::open(&Connect { client_id: "", ..v5() }).is_ok(), "MQTT 5 assigns an id");
+}
+
+#[test]
+fn connack_announces_the_limits() {
+    let mut driven = Driven::open(&Connect {
+        keep_alive_s: 0,
+        session_expiry_s: Some(u32::MAX),
+        client_id: "",
+        ..connect(Version::V5)
+    })
+    .unwrap();
+    assert!(driven.packets().is_empty(), "no CONNACK before the owner registered it");
+    let registered = Registered { number: Some(NUMBER), session_present: true, ..Registered::default() };
+    let body::Body::Register(register) = driven.answer_next(Outcome::Registered(registered)) else {
+        panic!("not a Register")
+    };
+    assert_eq!(register.expiry_s, 1_000);
+    let (connack, _) = v5_0::Connack::parse(&driven.packets()[0].1).unwrap();
+    assert!(connack.session_present());
+    let text = format!("{connack:?}");
+    for property in [
+        "ReceiveMaximum",
+        "MaximumQos",
+        "RetainAvailable",
+        "AssignedClientIdentifier",
+        "ServerKeepAlive",
+        "MaximumPacketSize",
+    ] {
+        assert!(
+            text.contains(property) || text.to_lowercase().contains(&property.to_lowercase()),
+            "{property}: {text}"
+        );
+    }
+    let mut silent = Driven::open(&connect(Version::V311)).unwrap();
+    silent.tick(10_000);
+    assert_eq!(silent.packets(), [(0x20, vec![0, 3])]);
+    assert!(silent.session.is_ended());
+    silent.answer_next(Outcome::Registered(Registered { number: Some(NUMBER), ..Registered::default() }));
+    assert!(
+        matches!(silent.next_request().body.body, Some(body::Body::Close(_))),
+        "a late registration is closed again"
+    );
+}
+
+#[test]
+fn what_publishes_are_answered_in_mqtt_5() {
+    let refused = |code: Refusal| Outcome::Refused(Refused { code: code.into(), reason: String::new() });
+    let cases = [
+        ("u/bob", "x", Some(Outcome::Stored(Stored { seq: 5, ts_ms: 9 })), Reason::Success),
+        ("g/team", "x", Some(refused(Refusal::NotAMember)), Reason::NotAuthorized),
+        ("g/team", "x", Some(refused(Refusal::IdReused)), Reason::ImplementationSpecific),
+        ("g/team", "x", Some(refused(Refusal::NotFound)), Reason::TopicNameInvalid),
+        ("g/team", "x", Some(refused(Refusal::Busy)), Reason::QuotaExceeded),
+        ("g/team", "x", Some(refused(Refusal::StoreUnavailable)), Reason::Unspecified),
+        ("r/stage", "x", Some(Outcome::Done(Done {})), Reason::Success),
+        ("read/u/bob", "7", Some(Outcome::Marked(Marked { seq: 7 })), Reason::Success),
+        ("read/g/team", "x", None, Reason::PayloadFormatInvalid),
+        ("elsewhere", "x", None, Reason::TopicNameInvalid),
+        ("r/stage/like", "x", None, Reason::ImplementationSpecific),
+    ];
+    for (topic, payload, outcome, reason) in cases {
+        let mut driven = Driven::live(Version::V5);
+        driven.publish(3, topic, payload.as_bytes());
+        if let Some(outcome) = outcome {
+            assert!(driven.packets().is_empty(), "{topic}: no PUBACK before the owner's word");
+            driven.answer_next(outcome);
+        }
+        let packets = driven.packets();
+        let (puback, _) = v5_0::Puback::parse(&packets[0].1).unwrap();
+        assert_eq!(
+            (puback.packet_id(), puback.reason_code().map_or(0, |code| code as u8)),
+            (3, reason.code()),
+            "{topic}"
+        );
+        assert_eq!(driven.shared.metrics.refusals(reason), u64::from(reason != Reason::Success), "{topic}");
+        assert!(!driven.session.is_ended());
+    }
+}
+
+#[test]
+fn what_ends_a_connection() {
+    let publish = Publish {
+        topic: "u/bob",
+        payload: b"x",
+        qos: 1,
+        dup: false,
+        retain: false,
+        packet_id: 1,
+        topic_alias: false,
+        id: None,
+    };
+    let cases = [
+        (Packet::Publish(Publish { qos: 2, ..publish }), Reason::QosNotSupported),
+        (Packet::Publish(Publish { retain: true, ..publish }), Reason::RetainNotSupported),
+        (Packet::Publish(Publish { topic_alias: true, ..publish }), Reason::TopicAliasInvalid),
+        (
+            Packet::Subscribe(Subscribe { packet_id: 1, has_identifier: true, filters: vec![("inbox/#", 1)] }),
+            Reason::SubscriptionIdsNotSupported,
+        ),
+        (Packet::Connect(Box::new(connect(Version::V5))), Reason::ProtocolError),
+    ];
+    for version in [Version::V5, Version::V311] {
+        for (packet, reason) in &cases {
+            let mut driven = Driven::live(version);
+            driven.packet(packet.clone());
+            assert!(driven.session.is_ended(), "{packet:?}");
+            let first = driven.packets().first().map(|(first, body)| (*first, body[0]));
+            assert_eq!(first, (version == Version::V5).then_some((0xE0, reason.code())), "{packet:?}");
+            assert!(
+                matches!(driven.next_request().body.body, Some(body::Body::Close(close)) if close.number == Some(NUMBER))
+            );
+        }
+    }
+    let mut driven = Driven::live(Version::V5);
+    (1..=5).for_each(|id| driven.publish(id, "u/bob", b"x"));
+    assert_eq!(driven.packets()[0].1[0], Reason::ReceiveMaximumExceeded.code());
+    let mut driven = Driven::live(Version::V5);
+    driven.publish(1, "u/bob", b"x");
+    driven.tick(10_000);
+    assert_eq!(driven.packets()[0].1[0], Reason::ServerBusy.code(), "no outcome in 10 s");
+    let mut driven = Driven::live(Version::V5);
+    driven.tick(90_001);
+    assert_eq!(driven.packets()[0].1[0], Reason::KeepAliveTimeout.code());
+    let mut driven =
+        Driven::registered(&Connect { keep_alive_s: 100, ..connect(Version::V311) }, Registered::default());
+    driven.now_ms = 499_999;
+    driven.packet(Packet::PingReq);
+    driven.tick(500_000);
+    assert!(driven.session.is_ended(), "the token expired");
+}
+
+#[test]
+fn what_3_1_1_is_told_of_refusals() {
+    let mut driven = Driven::subscribed(Version::V311);
+    driven.publish(3, "g/team", b"x");
+    driven.refuse_next(Refusal::NotAMember);
+    let packets = driven.packets();
+    assert_eq!(packets[1], (0x40, vec![0, 3]));
+    let (notice, _) = v3_1_1::Publish::parse(packets[0].0 & 15, packets[0].1.clone().into()).unwrap();
+    assert_eq!(notice.topic_name(), "inbox/refused");
+    let json: serde_json::Value = serde_json::from_slice(notice.payload().as_slice()).unwrap();
+    assert_eq!((&json["packetId"], &json["topic"]), (&3.into(), &"g/team".into()));
+    driven.publish(4, "g/team", b"x");
+    driven.refuse_next(Refusal::Busy);
+    assert!(driven.session.is_ended() && driven.packets().is_empty(), "refused for now: no PUBACK, closed");
+    let mut deaf = Driven::live(Version::V311);
+    deaf.publish(3, "nowhere", b"x");
+    assert!(deaf.session.is_ended() && deaf.packets().is_empty(), "nobody would read a notice");
+}
+
+#[test]
+fn filters_are_granted_or_refused() {
+    let cases = [
+        ("inbox/u/bob/#", Reason::TopicFilterInvalid),
+        ("u/bob", Reason::TopicFilterInvalid),
+        ("$share/a/inbox/#", Reason::SharedSubscriptionsNotSupported),
+        ("r/stage/stats", Reason::ImplementationSpecific),
+    ];
+    for (filter, reason) in cases {
+        let mut driven = Driven::live(Version::V5);
+        driven.subscribe(filter);
+        assert_eq!(driven.packets()[0].1.last(), Some(&reason.code()), "{filter}");
+        let mut driven = Driven::live(Version::V311);
+        driven.subscribe(filter);
+        assert_eq!(driven.packets(), [(0x90, vec![0, 1, 0x80])], "{filter}");
+    }
+}
+
+#[test]
+fn a_new_device_gets_what_is_unread_and_a_known_one_what_it_has_not_acknowledged() {
+    let index = vec![IndexRow { conversation: "u/alice/bob".to_owned(), from_seq: 1, to_seq: 0 }];
+    let head = Head { conversation: "u/alice/bob".to_owned(), head: 5_000, own_mark: 10, ..Head::default() };
+    let mut new =
+        Driven::registered(&connect(Version::V5), Registered { index: index.clone(), ..Registered::default() });
+    new.subscribe("inbox/#");
+    new.answer_next(Outcome::Heads(HeadList { heads: vec![head.clone()] }));
+    let body::Body::Subscribe(subscribe) = new.answer_next(Outcome::Done(Done {})) else { panic!("not a Subscribe") };
+    assert_eq!(subscribe.cursors[0].seq, 4_000, "at most catchUp");
+    assert!(matches!(new.next_request().body.body, Some(body::Body::Fetch(fetch)) if fetch.from == 4_001));
+
+    let cursors = vec![Cursor { conversation: "u/alice/bob".to_owned(), seq: 4_990 }];
+    let row = Registered { index, cursors, session_present: true, subscribed: true, ..Registered::default() };
+    let mut known = Driven::registered(&connect(Version::V5), row);
+    known.answer_next(Outcome::Heads(HeadList { heads: vec![head] }));
+    assert!(matches!(known.next_request().body.body, Some(body::Body::Fetch(fetch)) if fetch.from == 4_991));
+}
+
+#[test]
+fn a_dup_of_what_was_left_unanswered_goes_under_its_old_key() {
+    let mut first = Driven::live(Version::V311);
+    first.publish(9, "u/bob", b"x");
+    first.session.end(End::Broken, &mut first.effects);
+    let close = first.effects.requests.pop().unwrap().body.body;
+    let Some(body::Body::Close(close)) = close else { panic!("{close:?}") };
+    let mut taken: Vec<Taken> = close.taken;
+    assert_eq!(taken.len(), 1);
+    // Made by another process, whose keys are never ours.
+    taken[0].key = Bytes::from_static(b"another boot's 1");
+    for (payload, dup, same) in [(b"x", true, true), (b"y", true, false), (b"x", false, false)] {
+        let mut next =
+            Driven::registered(&connect(Version::V311), Registered { taken: taken.clone(), ..Registered::default() });
+        let publish =
+            Publish { topic: "u/bob", payload, qos: 1, dup, retain: false, packet_id: 9, topic_alias: false, id: None };
+        next.packet(Packet::Publish(publish));
+        let Some(body::Body::Send(send)) = next.next_request().body.body else { panic!("not a Send") };
+        assert_eq!(send.key == taken[0].key, same, "{payload:?} {dup}");
+    }
+}
+
+#[test]
+fn the_newer_session_wins() {
+    let kick = |counter| KickSession {
+        user: "alice".to_owned(),
+        device: "phone".to_owned(),
+        number: Some(SessionNumber { epoch: 3, counter }),
+        reason: KickReason::TakenOver.into(),
+    };
+    let mut driven = Driven::live(Version::V5);
+    driven.session.on_kick(&kick(6), &mut driven.effects);
+    assert!(!driven.session.is_ended(), "an older one was meant");
+    driven.session.on_kick(&kick(7), &mut driven.effects);
+    assert_eq!(driven.packets()[0].1[0], Reason::SessionTakenOver.code());
+    let mut driven = Driven::live(Version::V5);
+    driven.session.announce(0, &mut driven.effects);
+    driven.refuse_next(Refusal::StaleSession);
+    assert_eq!(driven.packets()[0].1[0], Reason::SessionTakenOver.code());
+}
+
+#[test]
+fn late_acknowledgements_acknowledge_nothing() {
+    let registered = Registered { connections: 16, ..Registered::default() };
+    let mut driven = Driven::registered(&connect(Version::V5), registered);
+    driven.subscribe("inbox/#");
+    driven.answer_next(Outcome::Done(Done {}));
+    driven.packets();
+    driven.deliver(1);
+    let packets = driven.packets();
+    let (publish, _) = v5_0::Publish::parse(packets[0].0 & 15, packets[0].1.clone().into()).unwrap();
+    assert_eq!(publish.packet_id(), Some(4_097), "the second of fifteen blocks");
+    driven.packet(Packet::PubAck { packet_id: 1 });
+    assert_eq!(driven.shared.metrics.unknown_puback.get(), 1);
+    driven.tick(1_000);
+    let cursor = |driven: &mut Driven| match driven.answer_next(Outcome::Done(Done {})) {
+        body::Body::Cursors(cursors) => cursors.cursors[0].seq,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(cursor(&mut driven), 0);
+    driven.packet(Packet::PubAck { packet_id: 4_097 });
+    driven.tick(2_000);
+    assert_eq!(cursor(&mut driven), 1);
+}
+
+proptest! {
+    /// Whatever the order of pushes, answers, acknowledgements and lost hints, and however small the window: each seq once, in order.
+    #[test]
+    fn each_seq_is_delivered_once_and_in_order(steps in proptest::collection::vec((0u8..8, 0usize..8), 1..300), window in 1u16..8) {
+        let mut driven = Driven::registered(&Connect { receive_maximum: window, ..connect(Version::V5) }, Registered::default());
+        driven.subscribe("inbox/#");
+        driven.answer_next(Outcome::Done(Done {}));
+        driven.packets();
+        let mut log = 0;
+        let mut hints: VecDeque<u64> = VecDeque::new();
+        let mut requests: Vec<SessionRequest> = Vec::new();
+        let mut unacked: Vec<u16> = Vec::new();
+        let mut seen: Vec<u64> = Vec::new();
+        // At the end all is delivered, answered and acknowledged, after one more hint that is not lost.
+        let finish = std::iter::once((0, 0)).chain(std::iter::repeat_n([(1, 0), (3, 0), (4, 0), (6, 0)], 800).flatten());
+        for (kind, pick) in steps.into_iter().chain(finish) {
+            match kind {
+                0 => { log += 1; hints.push_back(log); }
+                1 => if !hints.is_empty() { let seq = hints.remove(pick % hints.len()).unwrap(); driven.deliver(seq); },
+                2 => if !hints.is_empty() {
+                    // Only a hint that another follows may get lost for good; the last one is repeated by the owner.
+                    let lost = pick % hints.len();
+                    if hints[lost] != log { hints.remove(lost); }
+                },
+                3 => if !requests.is_empty() {
+                    let request = requests.remove(pick % requests.len());
+                    let outcome = match request.body.body {
+                        Some(body::Body::Fetch(fetch)) => {
+                            let last = log.min(fetch.from + u64::from(fetch.limit) - 1);
+                            let entries = (fetch.from..=last).map(entry).collect();
+                            Outcome::Fetched(Fetched { entries, next: last + 1, head: log })
+                        }
+                        _ => Outcome::Done(Done {}),
+                    };
+                    driven.session.on_answer(driven.now_ms, request.ticket.unwrap(), Answer::Outcome(outcome), &mut driven.effects);
+                },
+                4 => if !unacked.is_empty() { let id = unacked.remove(pick % unacked.len()); driven.packet(Packet::PubAck { packet_id: id }); },
+                5 => if !requests.is_empty() {
+                    let request = requests.remove(pick % requests.len());
+                    driven.session.on_answer(driven.now_ms, request.ticket.unwrap(), Answer::Full, &mut driven.effects);
+                },
+                6 => { driven.now_ms += 1; driven.tick(driven.now_ms); }
+                _ => if log > 0 { driven.deliver(1 + pick as u64 % log); },
+            }
+            for (first, body) in driven.packets() {
+                let (publish, _) = v5_0::Publish::parse(first & 15, body.into()).unwrap();
+                seen.push(std::str::from_utf8(publish.payload().as_slice()).unwrap().parse().unwrap());
+                unacked.push(publish.packet_id().unwrap());
+            }
+            requests.append(&mut driven.effects.requests);
+            prop_assert!(unacked.len() <= usize::from(window), "the client's Receive Maximum");
+        }
+        prop_assert!(!driven.session.is_ended());
+        prop_assert_eq!(seen, (1..=log).collect::<Vec<_>>());
+    }
+}
