@@ -995,12 +995,14 @@ impl History {
         let mut acked: Vec<&Message> =
             self.messages.iter().filter(|message| message.answer == Answer::Acked && message.seq > 0).collect();
         let key = |message: &Message| (message.session, message.conversation, message.connection);
-        acked.sort_unstable_by_key(|message| (key(message), message.first_sending));
+        acked.sort_unstable_by_key(|message| (key(message), message.sending));
         for pair in acked.windows(2) {
             let [earlier, later] = pair else { continue };
             // Without an id on the wire a resend is stored anew, under a later number than the first.
             let known = earlier.idempotent || earlier.sends == 1;
-            if key(earlier) == key(later) && earlier.seq > later.seq && known {
+            // What was refused and sent again may stand behind what was stored meanwhile.
+            let in_order = earlier.first_sending < later.first_sending;
+            if key(earlier) == key(later) && earlier.seq > later.seq && known && in_order {
                 let name = &self.conversations[earlier.conversation.0 as usize].name;
                 let who = self.session_name(earlier.session);
                 violations.add(Kind::Reordered, || {

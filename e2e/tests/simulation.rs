@@ -274,7 +274,7 @@ impl World {
             world.now = at;
             let in_storm = at < storm_ends;
             match what {
-                What::Send | What::Fault if !in_storm => {}
+                What::Send | What::Fault | What::Plan if !in_storm => {}
                 what => world.happen(what),
             }
             if at > end || (at > storm_ends + 20 * SECOND && world.is_quiet()) {
