@@ -22,7 +22,7 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{MissedTickBehavior, interval, timeout};
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::ServeConfig;
@@ -100,17 +100,17 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
         fail_points: FailPoints::default(),
         token: config.link_token.clone(),
     });
-    let limits = Limits { payload_max: config.payload_max.unwrap_or(Limits::default().payload_max), ..Limits::default() };
+    let limits =
+        Limits { payload_max: config.payload_max.unwrap_or(Limits::default().payload_max), ..Limits::default() };
     let core = tokio::spawn(run_core(shell.clone(), store, inbox, limits));
     tokio::spawn(keep_control(shell.clone(), config.control.clone(), hello));
     tokio::spawn(serve_admin(shell.clone(), admin, config.fail_points));
     let service = LinkServer::new(LinkService(shell.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let server = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20)
         .add_service(service.max_encoding_message_size(MESSAGE_BYTES_MAX))
-        .serve_with_incoming(TcpListenerStream::new(links));
+        .serve_with_incoming(TcpIncoming::from(links).with_nodelay(Some(true)));
     tokio::select! {
         ended = server => Ok(ended?),
         _ = core => Err(ServeError::CoreEnded),
@@ -187,7 +187,13 @@ async fn run_core(shell: Arc<Shell>, store: Arc<dyn Store>, mut inbox: mpsc::Rec
 }
 
 /// Does what the core wants. With `only_frames` nothing but what goes to clients of links.
-fn carry_out(shell: &Arc<Shell>, store: &Arc<dyn Store>, peers: &Arc<LinkPool>, outputs: Vec<Output>, only_frames: bool) {
+fn carry_out(
+    shell: &Arc<Shell>,
+    store: &Arc<dyn Store>,
+    peers: &Arc<LinkPool>,
+    outputs: Vec<Output>,
+    only_frames: bool,
+) {
     let mut frames: HashMap<LinkId, Vec<ServerFrame>> = HashMap::new();
     let mut to_peers: HashMap<MemberId, Vec<ClientFrame>> = HashMap::new();
     for output in outputs {
@@ -220,7 +226,8 @@ fn carry_out(shell: &Arc<Shell>, store: &Arc<dyn Store>, peers: &Arc<LinkPool>, 
 
 fn ask_store(shell: &Arc<Shell>, store: &Arc<dyn Store>, call: u64, request: StoreCall) {
     let (shell, store) = (shell.clone(), store.clone());
-    let is_read = !matches!(request, StoreCall::Acquire(_) | StoreCall::Release(_) | StoreCall::Check(_) | StoreCall::Commit(_));
+    let is_read =
+        !matches!(request, StoreCall::Acquire(_) | StoreCall::Release(_) | StoreCall::Check(_) | StoreCall::Commit(_));
     tokio::spawn(async move {
         let _permit = if is_read { shell.reads.clone().acquire_owned().await.ok() } else { None };
         let answer = execute(store.as_ref(), &shell.me, request).await;
@@ -301,7 +308,8 @@ impl Link for LinkService {
         let link = LinkId(shell.next_link.fetch_add(1, Ordering::Relaxed));
         let outbox = Outbox::new(LINK_FRAMES_MAX);
         shell.links.lock().insert(link, outbox.clone());
-        let opened = [Input::LinkOpened { link, peer, role: hello.role() }, Input::Frames { link, frames: frames.collect() }];
+        let opened =
+            [Input::LinkOpened { link, peer, role: hello.role() }, Input::Frames { link, frames: frames.collect() }];
         tokio::spawn(read_link(shell, link, inbound, opened));
         Ok(Response::new(Box::pin(outbox.reader().map(|frames| Ok(ServerFrames { frames })))))
     }
@@ -330,14 +338,20 @@ async fn keep_control(shell: Arc<Shell>, addresses: Vec<String>, hello: Hello) {
     let mut leader: Option<String> = None;
     let mut pause = Duration::from_millis(50);
     for turn in 0usize.. {
-        let Some(address) = leader.take().or_else(|| addresses.get(turn % addresses.len().max(1)).cloned()) else { return };
+        let Some(address) = leader.take().or_else(|| addresses.get(turn % addresses.len().max(1)).cloned()) else {
+            return;
+        };
         let began = Instant::now();
         match follow_control(&shell, &address, &hello).await {
             Ok(next) => leader = next,
             Err(error) => tracing::debug!(address, %error, "control"),
         }
         *shell.control.lock() = ControlStream::default();
-        pause = if began.elapsed() > LINK_SILENCE_MAX { Duration::from_millis(50) } else { (pause * 2).min(Duration::from_secs(1)) };
+        pause = if began.elapsed() > LINK_SILENCE_MAX {
+            Duration::from_millis(50)
+        } else {
+            (pause * 2).min(Duration::from_secs(1))
+        };
         tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
     }
 }
@@ -346,7 +360,8 @@ async fn keep_control(shell: Arc<Shell>, addresses: Vec<String>, hello: Hello) {
 async fn follow_control(shell: &Arc<Shell>, address: &str, hello: &Hello) -> Result<Option<String>, Status> {
     let unavailable = |error: tonic::transport::Error| Status::unavailable(error.to_string());
     let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).map_err(unavailable)?;
-    let channel = endpoint.connect_timeout(Duration::from_secs(1)).tcp_nodelay(true).connect().await.map_err(unavailable)?;
+    let channel =
+        endpoint.connect_timeout(Duration::from_secs(1)).tcp_nodelay(true).connect().await.map_err(unavailable)?;
     let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let outbox = Outbox::new(4_096);
     shell.control.lock().opening = Some(outbox.clone());
@@ -398,6 +413,9 @@ async fn arm(State(shell): State<Arc<Shell>>, Path(name): Path<String>) -> (Stat
             shell.fail_points.arm(point);
             (StatusCode::OK, format!("armed: {name}\n"))
         }
-        None => (StatusCode::NOT_FOUND, format!("no fail point {name}: committed, acked, releasing, released, acquiring, acquired\n")),
+        None => (
+            StatusCode::NOT_FOUND,
+            format!("no fail point {name}: committed, acked, releasing, released, acquiring, acquired\n"),
+        ),
     }
 }

@@ -30,7 +30,7 @@ done
 format='%t %p'
 [ "$version" = mqttv5 ] && format='%t %P %p'
 # shellcheck disable=SC2086
-mosquitto_sub -h "$host" -p "$port" -V "$version" -i phone -u "$bob" -P any -c $keep -q 1 -t 'inbox/#' -F "$format" \
+mosquitto_sub -h "$host" -p "$port" -V "$version" -i phone -u "$bob" -P any -c $keep -q 1 -t 'inbox/#' -T 'inbox/read/#' -F "$format" \
     -C 20 -W 20 >"$out" || fail "bob did not get 20 messages"
 number=1
 while read -r line; do

@@ -1,12 +1,13 @@
 // Chats with the npm package mqtt, over TCP or WebSocket as the URL says: 1:1 both ways, a group, offline and back, two
-// devices. Exits 1 on a violation. Usage: node mqttjs_chat.mjs mqtt://127.0.0.1:1883 http://127.0.0.1:8080 [4|5]
+// devices. Exits 1 on a violation. Usage: node mqttjs_chat.mjs mqtt://127.0.0.1:1883 http://127.0.0.1:8080 [4|5] [resume]
+// With `resume` one person writes to another until a line comes on standard input; meanwhile gateways may die.
 // The server must run with insecure authentication.
 import { randomBytes } from "node:crypto";
 import mqtt from "mqtt";
 
-const [url, http, level = "5"] = process.argv.slice(2);
+const [url, http, level = "5", mode = "chat"] = process.argv.slice(2);
 if (!http) {
-  console.error("usage: mqttjs_chat.mjs MQTT_OR_WS_URL HTTP_URL [4|5]");
+  console.error("usage: mqttjs_chat.mjs MQTT_OR_WS_URL HTTP_URL [4|5] [resume]");
   process.exit(2);
 }
 const protocolVersion = Number(level);
@@ -28,14 +29,14 @@ function within(promise, what) {
 
 class Device {
   constructor(user, device) {
-    Object.assign(this, { user, device, queue: [], waiting: null });
+    Object.assign(this, { user, device, queue: [], waiting: null, comebacks: [] });
   }
 
-  async connect(sessionPresent) {
+  async connect(sessionPresent, reconnectPeriod = 0) {
     const v5 = protocolVersion === 5 ? { properties: { sessionExpiryInterval: 3600 } } : {};
     this.client = mqtt.connect(url, {
       protocolVersion, clientId: this.device, username: this.user, password: "any", clean: false,
-      reconnectPeriod: 0, keepalive: 30, ...v5,
+      reconnectPeriod, keepalive: 30, resubscribe: false, ...v5,
     });
     this.client.on("message", (topic, payload, packet) => {
       this.queue.push({ topic, text: payload.toString(), properties: packet.properties?.userProperties ?? {} });
@@ -47,6 +48,8 @@ class Device {
       this.client.once("close", () => reject(new Error("the connection was closed")));
     }), `${this.user} logs in`);
     expect(Boolean(connack.sessionPresent) === sessionPresent, `Session Present is ${connack.sessionPresent}`);
+    this.client.on("connect", (again) => this.comebacks.push(Boolean(again.sessionPresent)));
+    this.client.on("error", () => {});
     if (!sessionPresent) {
       const granted = await within(this.client.subscribeAsync("inbox/#", { qos: 1 }), "SUBACK");
       expect(granted[0].qos === 1, `SUBSCRIBE inbox/# was granted ${granted[0].qos}`);
@@ -126,8 +129,44 @@ async function chat() {
   for (const device of [phone, laptop, bobs]) await device.disconnect();
 }
 
+async function resume() {
+  const bobs = await new Device(bob, "phone").connect(false, 300);
+  const phone = await new Device(alice, "phone").connect(false, 300);
+  let goOn = false;
+  process.stdin.once("data", () => { goOn = true; });
+  console.log(`ready ${alice} ${bob}`);
+  let sent = 0;
+  while (!goOn) {
+    await phone.send(`u/${bob}`, `number ${++sent}`);
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  const texts = new Map();
+  while (texts.get(texts.size) !== `number ${sent}`) {
+    if (bobs.queue.length === 0) {
+      await within(new Promise((resolve) => { bobs.waiting = resolve; }), `${bob} has ${texts.size} of ${sent}`);
+      continue;
+    }
+    const { topic, text, properties } = bobs.queue.shift();
+    if (topic.startsWith("inbox/read/")) continue;
+    const seq = Number(protocolVersion === 5 ? properties.seq : topic.slice(topic.lastIndexOf("/") + 1));
+    expect((texts.get(seq) ?? text) === text, `seq ${seq} came with two texts`);
+    expect(seq === 1 || texts.has(seq - 1), `seq ${seq} came before ${seq - 1}`);
+    texts.set(seq, text);
+  }
+  // MQTT 3.1.1 has no message id: what was sent again over another gateway may be stored twice, but not elsewhere.
+  const stored = [...texts.values()].filter((text, index, all) => protocolVersion === 5 || text !== all[index - 1]);
+  stored.forEach((text, index) => expect(text === `number ${index + 1}`, `${text} is at place ${index + 1}`));
+  expect(stored.length === sent, `${stored.length} of ${sent} were stored`);
+  for (const device of [phone, bobs]) {
+    expect(device.comebacks.length > 0, `${device.user} was never cut off: nothing was tested`);
+    expect(device.comebacks.every(Boolean), `${device.user} came back without its session`);
+    await device.disconnect();
+  }
+  console.log(`resumed after ${sent} messages`);
+}
+
 try {
-  await chat();
+  await (mode === "resume" ? resume() : chat());
   console.log("good");
   process.exit(0);
 } catch (error) {

@@ -86,6 +86,10 @@ pub struct Template {
     pub auth: String,
     /// MQTT, WebSocket and HTTP ports.
     pub ports: [u16; 3],
+    /// YAML of `access.tls`, in flow style, if TLS is listened for.
+    pub tls: Option<String>,
+    /// Where the data directory is to lie; else beside the cluster's file.
+    pub data_dir: Option<PathBuf>,
 }
 
 impl Template {
@@ -98,6 +102,8 @@ impl Template {
             storage: "{embedded: {}}".to_owned(),
             auth: "{insecure: {}}".to_owned(),
             ports: free_ports()?,
+            tls: None,
+            data_dir: None,
         })
     }
 
@@ -109,7 +115,8 @@ impl Template {
 
     /// The ImCluster as YAML.
     pub fn yaml(&self) -> String {
-        let Self { gateways, business, shards, storage, auth, ports } = self;
+        let Self { gateways, business, shards, storage, auth, ports, tls, data_dir: _ } = self;
+        let tls = tls.as_ref().map(|tls| format!("    tls: {tls}\n")).unwrap_or_default();
         let tier = |(minimum, maximum): (u32, u32), target: u32| {
             format!(
                 "    autoscaling:
@@ -138,7 +145,7 @@ spec:
     mqtt: {{address: \"127.0.0.1:{}\"}}
     webSocket: {{address: \"127.0.0.1:{}\"}}
     http: {{address: \"127.0.0.1:{}\"}}
-  storage: {storage}
+{tls}  storage: {storage}
   gateway:
 {}    drain: {{rate: 200, notice: 1s, deadline: 60s}}
   business:
@@ -156,7 +163,7 @@ spec:
 
 /// Three ports that nobody listens on. They are all held open together, so they differ; the members, which share a port
 /// with SO_REUSEPORT, bind them right after.
-fn free_ports() -> TestResult<[u16; 3]> {
+pub fn free_ports() -> TestResult<[u16; 3]> {
     let listeners = [0; 3].map(|_: i32| TcpListener::bind("127.0.0.1:0"));
     let mut ports = [0; 3];
     for (port, listener) in ports.iter_mut().zip(listeners) {
@@ -190,7 +197,9 @@ impl Cluster {
             .arg("up")
             .arg(directory.join("cluster.yaml"))
             .arg("--data-dir")
-            .arg(directory.join("data"))
+            .arg(template.data_dir.clone().unwrap_or_else(|| directory.join("data")))
+            // Its port is fixed by default, and tests of other programs may run beside this one.
+            .args(["--console", "off"])
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
@@ -223,7 +232,7 @@ impl Cluster {
 
     /// Where the members keep their data: `members.json`, `logs/`.
     pub fn data_dir(&self) -> PathBuf {
-        self.directory.join("data")
+        self.template.data_dir.clone().unwrap_or_else(|| self.directory.join("data"))
     }
 
     /// The MQTT address.

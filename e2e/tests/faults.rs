@@ -1,0 +1,503 @@
+//! Whatever crashes, stops or moves, no acknowledged message is lost, repeated or put out of order: a whole system of real
+//! processes under load, its members killed, stopped and scaled, every message of every client checked.
+
+mod support;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use hyper::Method;
+use im_e2e::{
+    api::{Api, Credential},
+    client::{Client, Connection, Event, Inbox, Observer, Options, Outcome, State},
+    view::{Member, Status},
+};
+use parking_lot::Mutex as SyncMutex;
+use rustix::process::Signal;
+use serde_json::Value;
+use support::{Chat, Cluster, Template, TestResult, eventually, program};
+use tokio::{
+    process::Command,
+    sync::Mutex,
+    time::{Instant, sleep},
+};
+
+/// One system at a time: they would take the processor from each other, and what is measured would mean nothing.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+/// Messages per second of the load.
+const RATE: f64 = 300.0;
+/// People who chat, each with each other, and groups of all of them: every shard gets messages.
+const PEOPLE: usize = 20;
+const GROUPS: usize = 2;
+/// The promise: sends are acknowledged again within this time of an owner's SIGKILL or SIGSTOP.
+const ACKED_AGAIN_WITHIN: Duration = Duration::from_secs(5);
+/// The promise: presence forgets the sessions of a killed gateway within this time.
+const GONE_WITHIN: Duration = Duration::from_secs(3);
+/// No promise, only the point from which something hangs.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// All is delivered and checked within this time after the last message.
+const SETTLED_WITHIN: Duration = Duration::from_secs(60);
+
+/// A system under load.
+struct Scene {
+    cluster: Cluster,
+    chat: Chat,
+}
+
+impl Scene {
+    /// People chat on the system already.
+    async fn start(template: Template) -> TestResult<Self> {
+        Self::start_with(template, &[]).await
+    }
+
+    async fn start_with(template: Template, environment: &[(&str, &str)]) -> TestResult<Self> {
+        let shared_out = template.business.0 as usize;
+        let cluster = Cluster::start_with(template, environment).await?;
+        let chat = Chat::start(&cluster, PEOPLE, GROUPS).await?;
+        let mut scene = Self { cluster, chat };
+        scene.wait_shards_shared_by(shared_out).await?;
+        scene.chat.send_at(RATE, 1);
+        scene.flow(300).await?;
+        Ok(scene)
+    }
+
+    /// Waits until so many more messages are acknowledged.
+    async fn flow(&self, more: u64) -> TestResult {
+        let now = self.chat.journal.with(|history| history.progress().1);
+        self.chat.wait_acked(now + more, PATIENCE).await
+    }
+
+    /// What `imcluster status -o json` says.
+    async fn status(&self) -> TestResult<Status> {
+        status(&self.cluster).await
+    }
+
+    /// Waits until so many business members run, own all shards, none of them much less than its part, and nothing moves.
+    async fn wait_shards_shared_by(&self, members: usize) -> TestResult {
+        let what = format!("all shards are shared by {members} business members");
+        eventually(&what, PATIENCE * 2, async || {
+            let running = self.cluster.members_of("business").ok()?.len();
+            let shards = self.status().await.ok()?.shards?;
+            let owned: u32 = shards.per_member.values().sum();
+            let owners = shards.per_member.values().filter(|owned| **owned > 0).count();
+            let part = shards.total / u32::try_from(members).ok()?;
+            let fair = shards.per_member.values().filter(|owned| **owned * 2 >= part).count();
+            (running == members && owned == shards.total && owners == members && fair == members && shards.moving == 0)
+                .then_some(())
+        })
+        .await
+    }
+
+    /// Kills a member and waits until it runs again.
+    async fn kill(&self, member: &Member) -> TestResult<Member> {
+        self.cluster.signal(member, Signal::KILL)?;
+        self.cluster.wait_restarted(member, PATIENCE).await
+    }
+
+    /// The first member of a role.
+    fn member(&self, role: &str) -> TestResult<Member> {
+        Ok(self.cluster.members_of(role)?.into_iter().next().ok_or(format!("no {role} runs"))?)
+    }
+
+    /// Has a business member end as soon as it gets to that point.
+    async fn arm(&self, member: &Member, point: &str) -> TestResult {
+        let admin = admin(&self.cluster, member).await?;
+        admin.request(Method::POST, &format!("/fail-points/{point}"), &Credential::None, None).await?;
+        Ok(())
+    }
+
+    /// The end of each test: the history is clean, no send waited longer for its ack than `ack_max`, the store says that
+    /// nothing is lost, and nobody runs any more.
+    async fn finish(self, ack_max: Duration) -> TestResult {
+        let Self { cluster, chat } = self;
+        let report = chat.stop_and_check(SETTLED_WITHIN).await?;
+        println!("{report}");
+        let slowest = Duration::from_micros(report.ack_latency.max());
+        if slowest > ack_max {
+            return Err(format!("a send waited {slowest:?} for its ack, {ack_max:?} are allowed").into());
+        }
+        let verdict = async || {
+            let verdict = status(&cluster).await.ok()?.no_message_lost?;
+            (verdict["status"] == "True").then_some(())
+        };
+        eventually("the store says that no message is lost", PATIENCE, verdict).await?;
+        cluster.stop().await
+    }
+}
+
+async fn status(cluster: &Cluster) -> TestResult<Status> {
+    let mut command = Command::new(program("imcluster")?);
+    command.arg("status").arg("--data-dir").arg(cluster.data_dir()).args(["-o", "json"]);
+    let output = command.output().await?;
+    if !output.status.success() {
+        return Err(format!("imcluster status: {}", String::from_utf8_lossy(&output.stderr)).into());
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// The admin port of a process, as soon as it is known.
+async fn admin(cluster: &Cluster, member: &Member) -> TestResult<Api> {
+    let address = eventually(&format!("the admin address of {} is known", member.name), PATIENCE, async || {
+        let members = cluster.members().ok()?;
+        let same = members.into_iter().find(|other| other.name == member.name && other.pid == member.pid)?;
+        same.addresses["admin"].as_str()?.parse().ok()
+    })
+    .await?;
+    Ok(Api::new(address))
+}
+
+/// A counter or gauge of a process.
+async fn metric(admin: &Api, name: &str) -> TestResult<f64> {
+    let Value::String(text) = admin.get("/metrics").await? else { return Err("metrics are no text".into()) };
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+    value.ok_or_else(|| format!("no metric {name}").into())
+}
+
+// ---- without faults, and scaling ------------------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn people_chat_over_two_gateways_and_two_business_members() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let scene = Scene::start(Template::new()?.with_members(2, 2)).await?;
+    scene.flow(1_200).await?;
+    scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn business_scales_from_one_to_four_and_back_while_every_shard_moves() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let mut scene = Scene::start(Template::new()?).await?;
+    for members in [4, 1] {
+        scene.cluster.edit(|template| template.business = (members, members))?;
+        scene.wait_shards_shared_by(members as usize).await?;
+        scene.flow(300).await?;
+    }
+    scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gateways_scale_from_one_to_three_and_back_while_clients_move() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let mut scene = Scene::start(Template::new()?).await?;
+    scene.cluster.edit(|template| template.gateways = (3, 3))?;
+    let gateways = scene.cluster.wait_members("gateway", 3, PATIENCE).await?;
+    // The kernel deals new connections out, so whoever comes back may find himself on a new gateway.
+    eventually("each gateway has clients", PATIENCE, async || {
+        for gateway in &gateways {
+            let admin = admin(&scene.cluster, gateway).await.ok()?;
+            if metric(&admin, "im_connections").await.ok()? == 0.0 {
+                for person in scene.chat.people() {
+                    person.client.set_online(false);
+                    person.client.offline().await;
+                    person.client.set_online(true);
+                    person.client.online().await;
+                }
+                return None;
+            }
+        }
+        Some(())
+    })
+    .await?;
+    scene.flow(300).await?;
+    let connections = |chat: &Chat| -> u32 {
+        let number = |state| if let State::Online { connection, .. } = state { connection } else { 0 };
+        chat.people().iter().map(|person| number(person.client.state())).sum()
+    };
+    let before = connections(&scene.chat);
+    scene.cluster.edit(|template| template.gateways = (1, 1))?;
+    scene.cluster.wait_members("gateway", 1, PATIENCE * 2).await?;
+    for person in scene.chat.people() {
+        person.client.online().await;
+    }
+    assert!(connections(&scene.chat) > before, "two gateways went and nobody had to move");
+    scene.flow(300).await?;
+    scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+// ---- killed and stopped ---------------------------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_owner_is_followed_within_five_seconds() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let scene = Scene::start(Template::new()?.with_members(2, 2)).await?;
+    scene.kill(&scene.member("business")?).await?;
+    scene.flow(900).await?;
+    scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_owner_is_followed_within_five_seconds_and_fenced_when_it_wakes_up() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let scene = Scene::start(Template::new()?.with_members(2, 2)).await?;
+    let stopped = scene.member("business")?;
+    let admin = admin(&scene.cluster, &stopped).await?;
+    let fenced_before = metric(&admin, "im_shards_fenced_total").await?;
+    scene.cluster.signal(&stopped, Signal::STOP)?;
+    eventually("the other member has all shards", PATIENCE, async || {
+        let shards = scene.status().await.ok()?.shards?;
+        let others = shards.per_member.iter().filter(|(name, _)| **name != stopped.name).map(|(_, owned)| owned);
+        (others.sum::<u32>() == shards.total && shards.moving == 0).then_some(())
+    })
+    .await?;
+    scene.flow(600).await?;
+    scene.cluster.signal(&stopped, Signal::CONT)?;
+    eventually("the member that woke up is fenced", PATIENCE, async || {
+        let fenced = metric(&admin, "im_shards_fenced_total").await.ok()?;
+        (fenced > fenced_before).then_some(())
+    })
+    .await?;
+    scene.wait_shards_shared_by(2).await?;
+    scene.flow(300).await?;
+    scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_gateway_loses_nothing() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let scene = Scene::start(Template::new()?.with_members(2, 2)).await?;
+    scene.kill(&scene.member("gateway")?).await?;
+    scene.flow(900).await?;
+    scene.finish(PATIENCE).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_control_is_not_missed_and_scales_again_when_it_is_back() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let mut scene = Scene::start(Template::new()?.with_members(2, 2)).await?;
+    scene.kill(&scene.member("control")?).await?;
+    scene.flow(300).await?;
+    scene.cluster.edit(|template| template.business = (3, 3))?;
+    scene.wait_shards_shared_by(3).await?;
+    scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_store_loses_nothing() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let scene = Scene::start(Template::new()?.with_members(2, 2)).await?;
+    scene.kill(&scene.member("store")?).await?;
+    scene.flow(900).await?;
+    scene.finish(PATIENCE).await
+}
+
+// ---- fail points ----------------------------------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_may_end_between_commit_and_ack_and_between_ack_and_notification() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let template = Template::new()?.with_members(2, 2);
+    let scene = Scene::start_with(template, &[("IMCLUSTER_FAIL_POINTS", "1")]).await?;
+    for point in ["committed", "acked"] {
+        for member in scene.cluster.members_of("business")? {
+            scene.arm(&member, point).await?;
+            scene.cluster.wait_restarted(&member, PATIENCE).await?;
+            scene.flow(300).await?;
+        }
+    }
+    scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_may_end_in_each_phase_of_a_move() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let template = Template::new()?.with_members(2, 2);
+    let mut scene = Scene::start_with(template, &[("IMCLUSTER_FAIL_POINTS", "1")]).await?;
+    // On the way in the one that stays acquires what the other one had; on the way out it releases the half of it.
+    for (point, members) in [("Acquiring", 1), ("Releasing", 2), ("Acquired", 1), ("Released", 2)] {
+        for member in scene.cluster.members_of("business")? {
+            scene.arm(&member, &point.to_lowercase()).await?;
+        }
+        scene.cluster.edit(|template| template.business = (members, members))?;
+        eventually(&format!("a member ends at `{point}`"), PATIENCE, async || {
+            let logs = std::fs::read_dir(scene.cluster.data_dir().join("logs")).ok()?;
+            let mut texts = logs.flatten().filter_map(|entry| std::fs::read_to_string(entry.path()).ok());
+            texts.any(|text| text.contains(&format!("point={point}"))).then_some(())
+        })
+        .await?;
+        scene.wait_shards_shared_by(members as usize).await?;
+        scene.flow(150).await?;
+    }
+    scene.finish(PATIENCE).await
+}
+
+// ---- who is not there -----------------------------------------------------------------------------------------------------
+
+/// What a client got, by conversation.
+#[derive(Default)]
+struct Seen(SyncMutex<Vec<(Inbox, Vec<u8>)>>);
+
+impl Observer for Seen {
+    fn observe(&self, event: Event<'_>) {
+        if let Event::Received { delivery, .. } = event {
+            self.0.lock().push((delivery.inbox.clone(), delivery.payload.to_vec()));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_message_to_somebody_offline_outlives_every_owner() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let cluster = Cluster::start(Template::new()?.with_members(1, 2)).await?;
+    let chat = Chat::start(&cluster, 6, 0).await?;
+    let scene = Scene { cluster, chat };
+    scene.wait_shards_shared_by(2).await?;
+    let [away, others @ ..] = scene.chat.people() else { return Err("nobody there".into()) };
+    away.client.set_online(false);
+    away.client.offline().await;
+    // He never logged in before, so nothing at all is known of him.
+    let newcomer = format!("new.{}", away.name);
+    for from in 1..=others.len() {
+        for to in [&away.name, &newcomer] {
+            let outcome = scene.chat.say(from, &format!("u/{to}")).await?;
+            assert!(matches!(outcome, Outcome::Stored { .. }), "{outcome:?}");
+        }
+    }
+    for owner in scene.cluster.members_of("business")? {
+        scene.kill(&owner).await?;
+    }
+    let seen = Arc::new(Seen::default());
+    let client = Client::start(Options::new(scene.cluster.mqtt(), newcomer, "phone"), seen.clone());
+    eventually("the newcomer gets what was written to him", PATIENCE, async || {
+        (seen.0.lock().len() >= others.len()).then_some(())
+    })
+    .await?;
+    for person in others {
+        let from_him =
+            |(inbox, _): &&(Inbox, Vec<u8>)| matches!(inbox, Inbox::Person { peer, .. } if *peer == person.name);
+        assert_eq!(seen.0.lock().iter().filter(from_him).count(), 1, "from {}", person.name);
+    }
+    client.stop().await;
+    scene.finish(PATIENCE).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_left_a_group_while_offline_gets_all_up_to_then_and_nothing_after() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let cluster = Cluster::start(Template::new()?.with_members(1, 2)).await?;
+    let chat = Chat::start(&cluster, 4, 1).await?;
+    let scene = Scene { cluster, chat };
+    let group = scene.chat.groups()[0].clone();
+    // The first one made the group.
+    let leaver = &scene.chat.people()[3];
+    leaver.client.set_online(false);
+    leaver.client.offline().await;
+    let say = async |count: usize| -> TestResult<u64> {
+        let mut last = 0;
+        for number in 0..count {
+            match scene.chat.say(number % 3, &format!("g/{group}")).await? {
+                Outcome::Stored { seq: Some(seq), .. } => last = seq,
+                outcome => return Err(format!("{outcome:?}").into()),
+            }
+        }
+        Ok(last)
+    };
+    let before = say(20).await?;
+    // Nobody else writes, so the next entry is the leave.
+    scene.chat.journal.left(&group, &leaver.name, Some(before + 1));
+    let himself = Credential::Insecure(leaver.name.clone());
+    scene.cluster.api().leave_group(&himself, &group, &leaver.name).await?;
+    let after = say(20).await?;
+    assert_eq!(after, before + 21, "the leave is one entry of the log");
+    for owner in scene.cluster.members_of("business")? {
+        scene.kill(&owner).await?;
+    }
+    leaver.client.set_online(true);
+    leaver.client.online().await;
+    // Something that comes after all of the group, so that what should not come had its chance.
+    scene.chat.say(0, &format!("u/{}", leaver.name)).await?;
+    scene.finish(PATIENCE).await
+}
+
+// ---- presence -------------------------------------------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn people_stay_online_for_others_while_all_owners_restart_one_after_the_other() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let scene = Scene::start(Template::new()?.with_members(2, 2)).await?;
+    let names: Vec<String> = scene.chat.people().iter().map(|person| person.name.clone()).collect();
+    let (api, done) = (scene.cluster.api(), Arc::new(AtomicBool::new(false)));
+    // Asks for everybody in turns, all the while: an owner that does not know yet may say so, but never "offline".
+    let watcher = tokio::spawn({
+        let (api, names, done) = (api.clone(), names.clone(), done.clone());
+        async move {
+            let mut wrong = Vec::new();
+            let start = Instant::now();
+            while !done.load(Ordering::Relaxed) {
+                for name in &names {
+                    let himself = Credential::Insecure(name.clone());
+                    if let Ok(answer) = api.presence(&himself, name).await
+                        && answer["known"] == true
+                        && answer["online"] == false
+                    {
+                        wrong.push(format!("{name} at {:?}: {answer}", start.elapsed()));
+                    }
+                }
+                sleep(Duration::from_millis(20)).await;
+            }
+            wrong
+        }
+    });
+    for owner in scene.cluster.members_of("business")? {
+        scene.kill(&owner).await?;
+        eventually("everybody is seen as online again", PATIENCE, async || {
+            for name in &names {
+                let answer = api.presence(&Credential::Insecure(name.clone()), name).await.ok()?;
+                if answer["online"] != true {
+                    return None;
+                }
+            }
+            Some(())
+        })
+        .await?;
+        scene.wait_shards_shared_by(2).await?;
+    }
+    done.store(true, Ordering::Relaxed);
+    let wrong = watcher.await?;
+    assert!(wrong.is_empty(), "connected people were called offline: {wrong:#?}");
+    scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn presence_forgets_the_sessions_of_a_killed_gateway_within_three_seconds() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let scene = Scene::start(Template::new()?.with_members(2, 2)).await?;
+    let api = scene.cluster.api();
+    // Connections that don't come back; the kernel deals them out over both gateways.
+    let mut visitors = Vec::new();
+    for number in 0..24 {
+        let mut options = Options::new(scene.cluster.mqtt(), format!("visitor{number}"), "phone");
+        options.keep_alive_seconds = 0;
+        let (connection, _) = Connection::open(&options, true).await?;
+        let answer = api.presence(&Credential::Insecure(options.user.clone()), &options.user).await?;
+        assert_eq!(answer["online"], true, "{answer}");
+        let gateway = answer["sessions"][0]["gateway"].as_str().ok_or("no gateway")?.to_owned();
+        visitors.push((options.user, gateway, connection));
+    }
+    let killed = scene.member("gateway")?;
+    let lost: Vec<&str> = visitors.iter().filter(|(_, at, _)| *at == killed.name).map(|(user, ..)| &**user).collect();
+    assert!(!lost.is_empty() && lost.len() < visitors.len(), "all visitors are on one gateway");
+    scene.cluster.signal(&killed, Signal::KILL)?;
+    let start = Instant::now();
+    eventually("the sessions of the killed gateway are gone", GONE_WITHIN, async || {
+        for user in &lost {
+            let answer = api.presence(&Credential::Insecure((*user).to_owned()), user).await.ok()?;
+            if answer["online"] == true || answer["known"] == false {
+                return None;
+            }
+        }
+        Some(())
+    })
+    .await?;
+    println!("{} sessions were gone after {:?}", lost.len(), start.elapsed());
+    for (user, gateway, _) in &visitors {
+        let answer = api.presence(&Credential::Insecure(user.clone()), user).await?;
+        assert_eq!(answer["online"], *gateway != killed.name, "{user}: {answer}");
+    }
+    scene.finish(PATIENCE).await
+}
