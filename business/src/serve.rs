@@ -164,8 +164,9 @@ async fn run_core(shell: Arc<Shell>, store: Arc<dyn Store>, mut inbox: mpsc::Rec
                 }
                 for input in batch.drain(..) {
                     shell.fail_points.before_input(&input);
-                    core.handle(now(), input);
+                    core.take(now(), input);
                 }
+                core.commit();
             }
             _ = tick.tick() => {
                 core.handle(now(), Input::Tick);

@@ -138,6 +138,7 @@ async function resume() {
   let sent = 0;
   while (!goOn) {
     await phone.send(`u/${bob}`, `number ${++sent}`);
+    console.log(`sent ${sent}`);
     await new Promise((resolve) => setTimeout(resolve, 20));
   }
   const texts = new Map();

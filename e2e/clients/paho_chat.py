@@ -169,6 +169,7 @@ def resume(args, version):
     while not go_on.wait(0.02):
         sent += 1
         phone.send(f"u/{bob}", f"number {sent}")
+        print(f"sent {sent}", flush=True)
     text_by_seq, last = {}, None
     while last != f"number {sent}":
         try:

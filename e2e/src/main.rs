@@ -120,6 +120,9 @@ struct Steady {
     /// Seconds of load before measuring.
     #[arg(long, default_value_t = 2)]
     warmup: u64,
+    /// How many others each client writes to: its next neighbours. 0 = anybody, so that most messages open a conversation.
+    #[arg(long, default_value_t = 0)]
+    peers: u32,
     /// Bytes of a message.
     #[arg(long, default_value_t = 100)]
     payload: usize,
@@ -722,6 +725,8 @@ async fn run_steady(command: Steady) -> Result<bool, LoadError> {
     let clients = log_in(observed.into_iter(), 500.0, || stopwatch.measured.lock().trouble.clone()).await?;
     let (warmup, measure) = (Duration::from_secs(command.warmup), Duration::from_secs(command.duration));
     let mut rng = StdRng::seed_from_u64(1);
+    let others = names.len() - 1;
+    let peers = if command.peers == 0 { others } else { others.min(command.peers as usize) };
     let spacing = if command.poisson { Spacing::Poisson } else { Spacing::Even };
     let schedule = Schedule::new(StdRng::seed_from_u64(2), spacing, command.rate, warmup + measure, |_| 1.0);
     let start = Instant::now();
@@ -737,7 +742,7 @@ async fn run_steady(command: Steady) -> Result<bool, LoadError> {
             break;
         }
         let from = rng.random_range(0..names.len());
-        let to = (from + rng.random_range(1..names.len())) % names.len();
+        let to = (from + rng.random_range(1..=peers)) % names.len();
         let mut message = journal.message(format!("u/{}", names[to]), command.payload, scheduled);
         stamp(&mut message.payload, scheduled.saturating_duration_since(stopwatch.start));
         offered += 1;

@@ -188,7 +188,10 @@ fn status_lines(status: &Status, lines: &mut Vec<String>) {
     }
     let lag = status.watermark_lag_seconds.map(|seconds| format!("watermark lag {seconds:.1} s"));
     let kept =
-        status.no_message_lost.as_ref().map(|value| format!("NoMessageLost {}", value.to_string().trim_matches('"')));
+        status.no_message_lost.as_ref().map(|value| {
+            let value = value.get("status").unwrap_or(value);
+            format!("NoMessageLost {}", value.to_string().trim_matches('"'))
+        });
     let rest: Vec<String> = lag.into_iter().chain(kept).collect();
     if !rest.is_empty() {
         lines.push(format!("store     {}", rest.join("   ")));
@@ -270,7 +273,7 @@ mod tests {
     #[test]
     fn a_status_with_unknown_and_missing_fields_is_shown() {
         let text = r#"{"tiers": {"gateway": {"replicas": 2, "desired": 3, "because": ["cpu 80 % of 60 %"], "new": 1}},
-            "shards": {"moving": 4, "total": 1024, "perMember": {"business-1": 512}}, "noMessageLost": "True", "x": []}"#;
+            "shards": {"moving": 4, "total": 1024, "perMember": {"business-1": 512}}, "noMessageLost": {"status": "True", "reason": "all well"}, "x": []}"#;
         let status: Status = serde_json::from_str(text).unwrap();
         let screen = screen(&Snapshot { status: Some(status), ..snapshot() }, 200);
         for part in

@@ -25,6 +25,7 @@ use im_operator::shards::moves::{Action, Coordinator, Event, Timing};
 use im_operator::shards::planner::{Move, Plan, plan};
 use im_proto::control::{self, Command, Hello, Report, command, report};
 use im_proto::ids::{MemberId, direct_conversation, group_conversation, shard_of};
+use im_proto::link::reply::Outcome;
 use im_proto::link::{
     Announced, Body, ClientFrame, GroupChange, Role, ServerFrame, body, client_frame, push, server_frame,
 };
@@ -154,6 +155,7 @@ enum Token {
     Session(u64, u32),
     Nobody,
     CreateGroup,
+    ChangeGroup,
 }
 
 /// A link between two processes; frames of each direction arrive in order or not at all.
@@ -197,6 +199,18 @@ struct World {
     messages: u64,
     faults: u64,
     group_created: bool,
+    /// Who joins or leaves the group just now; asked again of another gateway when one dies.
+    change: Option<Change>,
+    members: [bool; PEOPLE],
+    changes: u64,
+}
+
+/// A change of the group under way.
+struct Change {
+    person: usize,
+    joins: bool,
+    /// The gateway and its boot that was asked.
+    asked: Option<(usize, u64)>,
 }
 
 impl World {
@@ -238,6 +252,9 @@ impl World {
             messages: 0,
             faults: 0,
             group_created: false,
+            change: None,
+            members: [true; PEOPLE],
+            changes: 0,
         };
         for i in 0..PEOPLE {
             let user = world.history.user(&format!("p{i}"));
@@ -387,6 +404,9 @@ impl World {
         match what {
             What::BusinessTick(i, boot) if self.business[i].boot == boot && self.business[i].core.is_some() => {
                 self.after(50 * MS, What::BusinessTick(i, boot));
+                if self.rng.random_range(0..20) == 0 && !self.business[i].paused {
+                    self.dial_members(Process::Business(i), &self.business[i].members.clone());
+                }
                 self.feed(i, Input::Tick);
             }
             What::GatewayTick(i, boot) if self.gateways[i].boot == boot && self.gateways[i].alive => {
@@ -516,7 +536,8 @@ impl World {
     fn fault(&mut self) {
         self.faults += 1;
         let member = self.rng.random_range(0..BUSINESS);
-        match self.rng.random_range(0..12) {
+        match self.rng.random_range(0..13) {
+            12 => self.begin_change(),
             0..2 => self.crash(Process::Business(member)),
             2 => {
                 let gateway = self.rng.random_range(0..GATEWAYS);
@@ -646,6 +667,7 @@ impl World {
                 let member = &mut self.business[i];
                 member.id = id.clone();
                 member.boot += 1;
+                member.members.clear();
                 member.core = Some(Core::new(id, Limits { notify_window: 64, ..Limits::default() }, now));
                 let boot = member.boot;
                 self.after(0, What::BusinessTick(i, boot));
@@ -661,6 +683,7 @@ impl World {
                 gateway.boot += 1;
                 gateway.router = Router::new(SHARDS, router::Limits::default());
                 gateway.sessions.clear();
+                gateway.members.clear();
                 gateway.version = (0, 0);
                 let boot = gateway.boot;
                 self.after(0, What::GatewayTick(i, boot));
@@ -896,7 +919,8 @@ impl World {
                 router::Output::Done(Token::Session(connection, ticket), outcome) => {
                     self.answer(i, connection, ticket, Answer::Outcome(outcome));
                 }
-                router::Output::Done(Token::CreateGroup, _) => self.group_created = true,
+                router::Output::Done(Token::CreateGroup, outcome) => self.group_created |= matches!(outcome, Outcome::Group(_)),
+                router::Output::Done(Token::ChangeGroup, outcome) => self.change_answered(&outcome),
                 router::Output::Done(..) => {}
                 router::Output::Ready { shard, .. } => {
                     let connections: Vec<u64> = self.gateways[i].sessions.keys().copied().collect();
@@ -927,6 +951,7 @@ impl World {
 
     fn gateway_tick(&mut self, i: usize) {
         let now_ms = self.now_ms();
+        self.dial_members(Process::Gateway(i), &self.gateways[i].members.clone());
         let connections: Vec<u64> = self.gateways[i].sessions.keys().copied().collect();
         for connection in connections {
             let Some(session) = self.gateways[i].sessions.get_mut(&connection) else { continue };
@@ -934,6 +959,7 @@ impl World {
             session.on_tick(now_ms, &mut effects);
             self.apply(i, connection, effects);
         }
+        self.ask_for_change(i);
         if !self.group_created && self.gateways[i].router.ready().count() == SHARDS as usize {
             let conversation = group_conversation(GROUP);
             let add = self.people.iter().map(|person| person.name.clone()).collect();
@@ -943,6 +969,56 @@ impl World {
             let _ = self.gateways[i].router.request(shard, 0, &body, Token::CreateGroup);
         }
         self.pump(i);
+    }
+
+    /// Somebody leaves the group, or comes back.
+    fn begin_change(&mut self) {
+        if !self.group_created || self.change.is_some() {
+            return;
+        }
+        let person = self.rng.random_range(0..PEOPLE);
+        let joins = !self.members[person];
+        if !joins {
+            // From here on he may miss what is said, and may still hear it.
+            let user = self.history.user(&self.people[person].name);
+            self.history.record(Duration::from_micros(self.now), Seen::Left { group: self.team, user, seq: None });
+        }
+        self.changes += 1;
+        self.change = Some(Change { person, joins, asked: None });
+    }
+
+    fn ask_for_change(&mut self, i: usize) {
+        let boots: Vec<Option<u64>> = (0..GATEWAYS).map(|i| self.boot_of(Process::Gateway(i))).collect();
+        let Some(change) = &mut self.change else { return };
+        let is_asked = change.asked.is_some_and(|(gateway, boot)| boots[gateway] == Some(boot));
+        let Some(boot) = boots[i].filter(|_| !is_asked) else { return };
+        let name = vec![self.people[change.person].name.clone()];
+        let (add, remove) = if change.joins { (name, Vec::new()) } else { (Vec::new(), name) };
+        let conversation = group_conversation(GROUP);
+        let shard = shard_of(&conversation, SHARDS);
+        let key = format!("change {}", self.changes);
+        let body = body::Body::GroupChange(GroupChange { conversation, add, remove, key, ..GroupChange::default() });
+        if self.gateways[i].router.request(shard, 0, &Body { body: Some(body) }, Token::ChangeGroup).is_ok() {
+            change.asked = Some((i, boot));
+        }
+    }
+
+    fn change_answered(&mut self, outcome: &Outcome) {
+        let Some(Change { person, joins, .. }) = self.change else { return };
+        let Outcome::Group(info) = outcome else {
+            // Not now: asked again.
+            self.change = self.change.take().map(|change| Change { asked: None, ..change });
+            return;
+        };
+        let name = &self.people[person].name;
+        let member = info.members.iter().find(|member| member.user == *name);
+        if let Some(member) = member.filter(|_| joins) {
+            let user = self.history.user(name);
+            let joined = Seen::Joined { group: self.team, user, seq: Some(member.from_seq) };
+            self.history.record(Duration::from_micros(self.now), joined);
+        }
+        self.members[person] = joins;
+        self.change = None;
     }
 
     // ---- control -----------------------------------------------------------------------------------------------------------

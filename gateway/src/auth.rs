@@ -145,8 +145,9 @@ impl Auth {
         if proof.user != user {
             return Err(refused(Reason::BadCredentials, "the token's sub is not the user name"));
         }
-        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let expires_at_ms = proof.expires_unix_s.map(|at| now_ms + at.saturating_sub(now_s).saturating_mul(1_000));
+        let now_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        let left_ms = |at_s: u64| at_s.saturating_mul(1_000).saturating_sub(now_unix_ms);
+        let expires_at_ms = proof.expires_unix_s.map(|at_s| now_ms.saturating_add(left_ms(at_s)));
         Ok(Identity { expires_at_ms })
     }
 
@@ -193,6 +194,8 @@ impl Jwt {
             }
             let mut validation = Validation::new(key.algorithm);
             validation.leeway = 0;
+            // RFC 7519, 4.1.4: not to be accepted "on or after" exp; the library alone refuses only after it.
+            validation.reject_tokens_expiring_in_less_than = 1;
             validation.validate_nbf = true;
             validation.set_required_spec_claims(&["exp", "sub"]);
             match &self.audience {

@@ -138,6 +138,8 @@ pub struct Limits {
     pub connect_rate: u32,
     /// Connections before their CONNECT.
     pub half_open_max: usize,
+    /// From accept to a complete CONNECT, TLS and WebSocket included, milliseconds.
+    pub handshake_timeout_ms: u64,
     /// Publishes that a client may have unanswered.
     pub receive_maximum: u16,
     /// The largest packet taken, bytes.
@@ -156,6 +158,7 @@ impl Default for Limits {
             max_connections: 15_000,
             connect_rate: 2_000,
             half_open_max: 1_000,
+            handshake_timeout_ms: 10_000,
             receive_maximum: 64,
             max_packet_size: 65_536,
             keep_alive_max_seconds: 1_200,
@@ -214,6 +217,9 @@ impl Config {
         }
         if limits.max_connections == 0 || limits.half_open_max == 0 || self.threads == 0 {
             return invalid("limits.maxConnections, limits.halfOpenMax and threads must be at least 1");
+        }
+        if !(1..=3_600_000).contains(&limits.handshake_timeout_ms) {
+            return invalid("limits.handshakeTimeoutMs: use 1 to 3600000 (an hour)");
         }
         if !(256..=16 << 20).contains(&limits.max_packet_size) {
             return invalid("limits.maxPacketSize: use 256 to 16777216 bytes");

@@ -14,18 +14,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{Sink, StreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::{Sleep, sleep, timeout, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::hub::{Connection, Hub};
-use crate::listen::Gateway;
+use crate::listen::{Gateway, HalfOpen};
 use crate::mqtt::{self, OutBuffer, Packet, Reason, Version};
 use crate::session::{ConnectRefused, Effects, End, Session};
 
-/// From accept to CONNECT, TLS and WebSocket included.
-pub const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// How long the last bytes of an ended connection may take.
 const LINGER_MAX: Duration = Duration::from_secs(2);
 const READ_BYTES: usize = 16 << 10;
@@ -37,14 +34,14 @@ thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into_boxed_slice());
 }
 
-/// Takes a CONNECT from a fresh stream and hands the connection to a task of its own. `permit` counts it as half open until then.
-pub async fn handshake<S>(gateway: Arc<Gateway>, mut stream: S, permit: OwnedSemaphorePermit)
+/// Takes a CONNECT from a fresh stream and hands the connection to a task of its own.
+pub async fn handshake<S>(gateway: Arc<Gateway>, mut stream: S, half_open: HalfOpen)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let size_max = gateway.hub.shared.limits.packet_size_max as usize;
     let mut input = Vec::new();
-    let decoded = timeout(HANDSHAKE_MAX, read_connect(&mut stream, &mut input, size_max)).await;
+    let decoded = timeout_at(half_open.deadline, read_connect(&mut stream, &mut input, size_max)).await;
     let metrics = &gateway.hub.shared.metrics;
     let mut out = OutBuffer::default();
     match decoded {
@@ -63,7 +60,7 @@ where
             Ok(Some((Packet::Connect(connect), used))) => match open(&gateway, &connect) {
                 Ok(connection) => {
                     input.drain(..used);
-                    drop(permit);
+                    drop(half_open);
                     let driver = Driver::new(gateway.clone(), connection, stream, input);
                     tokio::spawn(driver);
                     return;

@@ -26,6 +26,9 @@ use utoipa::{OpenApi, ToSchema};
 use crate::hub::{AskError, Hub};
 use crate::listen::{Gateway, ListenError, bind_shared};
 
+const PROBLEM_JSON: &str = "application/problem+json";
+/// Of an error text that the framework wrote.
+const FOREIGN_TEXT_BYTES_MAX: usize = 4 << 10;
 const PAGE_DEFAULT: u32 = 50;
 const PAGE_MAX: u32 = 200;
 /// The device that messages sent over HTTP come from.
@@ -62,7 +65,7 @@ pub fn spawn_admin(api: &Arc<Api>, address: SocketAddr) -> Result<SocketAddr, Li
 /// # Errors
 /// [`ListenError::Bind`].
 pub fn spawn_public(api: &Arc<Api>, address: SocketAddr) -> Result<SocketAddr, ListenError> {
-    let routes = health()
+    let routes = Router::new()
         .route("/openapi.json", get(|| async { Json(ApiDocument::openapi()) }))
         .route("/v1/groups/{group}", put(create_group).get(get_group))
         .route("/v1/groups/{group}/members", post(change_members))
@@ -74,7 +77,9 @@ pub fn spawn_public(api: &Arc<Api>, address: SocketAddr) -> Result<SocketAddr, L
         .route("/v1/conversations/{kind}/{id}/read", put(mark_read))
         .route("/v1/presence/{user}", get(presence))
         .route("/v1/users/{user}/kick", post(kick))
-        .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "no such path: see /openapi.json") });
+        .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "no such path: see /openapi.json") })
+        .layer(axum::middleware::map_response(as_problem))
+        .merge(health());
     serve(routes, api, address)
 }
 
@@ -141,7 +146,7 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, Json(self)).into_response();
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
         if status == StatusCode::SERVICE_UNAVAILABLE {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
@@ -150,6 +155,24 @@ impl IntoResponse for Problem {
         }
         response
     }
+}
+
+/// What the framework refuses by itself (another method, a path that is not UTF-8) is a problem document, too.
+async fn as_problem(response: Response) -> Response {
+    let status = response.status();
+    let is_problem = response.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == PROBLEM_JSON);
+    if is_problem || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let (parts, body) = response.into_parts();
+    let text = axum::body::to_bytes(body, FOREIGN_TEXT_BYTES_MAX).await.unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let detail = if text.is_empty() { "this is not how it is used: see /openapi.json".into() } else { text };
+    let mut response = Problem::new(status, detail).into_response();
+    if let Some(allow) = parts.headers.get(header::ALLOW) {
+        response.headers_mut().insert(header::ALLOW, allow.clone());
+    }
+    response
 }
 
 impl From<AskError> for Problem {
@@ -164,7 +187,12 @@ impl From<AskError> for Problem {
 
 impl From<JsonRejection> for Problem {
     fn from(rejection: JsonRejection) -> Self {
-        Self::invalid(rejection.body_text())
+        let status = match rejection.status() {
+            // JSON of another shape than asked for is as wrong as no JSON.
+            StatusCode::UNPROCESSABLE_ENTITY => StatusCode::BAD_REQUEST,
+            status => status,
+        };
+        Self::new(status, rejection.body_text())
     }
 }
 

@@ -12,7 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout_at};
 use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::accept_hdr_async_with_config;
 use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
@@ -21,7 +21,7 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 
 use crate::auth::Auth;
 use crate::config::{Limits, TlsListen};
-use crate::connection::{HANDSHAKE_MAX, WebSocket, handshake};
+use crate::connection::{WebSocket, handshake};
 use crate::hub::Hub;
 
 const BACKLOG: i32 = 4_096;
@@ -109,6 +109,13 @@ impl Gateway {
     pub fn serving(&self) -> watch::Receiver<bool> {
         self.serving.subscribe()
     }
+}
+
+/// Held by a connection until its CONNECT is complete: it is counted, and has a deadline for TLS, WebSocket and CONNECT together.
+pub struct HalfOpen {
+    /// Until then all of it must be there.
+    pub deadline: Instant,
+    _counted: OwnedSemaphorePermit,
 }
 
 /// How the bytes of a listener's connections are wrapped.
@@ -224,23 +231,25 @@ fn admit(gateway: &Arc<Gateway>, stream: TcpStream, wrap: &Wrap) {
     let _ = stream.set_nodelay(true);
     let _ = socket2::SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(Duration::from_secs(60)));
     let gateway = gateway.clone();
+    let deadline = Instant::now() + Duration::from_millis(gateway.limits.handshake_timeout_ms);
+    let half_open = HalfOpen { deadline, _counted: permit };
     match wrap {
-        Wrap::Plain => drop(tokio::spawn(handshake(gateway, stream, permit))),
-        Wrap::Tls(acceptor) => drop(tokio::spawn(tls(gateway, stream, permit, acceptor.clone()))),
-        Wrap::WebSocket => drop(tokio::spawn(web_socket(gateway, stream, permit))),
+        Wrap::Plain => drop(tokio::spawn(handshake(gateway, stream, half_open))),
+        Wrap::Tls(acceptor) => drop(tokio::spawn(tls(gateway, stream, half_open, acceptor.clone()))),
+        Wrap::WebSocket => drop(tokio::spawn(web_socket(gateway, stream, half_open))),
     }
 }
 
-async fn tls(gateway: Arc<Gateway>, stream: TcpStream, permit: OwnedSemaphorePermit, acceptor: TlsAcceptor) {
+async fn tls(gateway: Arc<Gateway>, stream: TcpStream, half_open: HalfOpen, acceptor: TlsAcceptor) {
     let accept = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(64 << 10)));
-    match timeout(HANDSHAKE_MAX, accept).await {
-        Ok(Ok(stream)) => handshake(gateway, stream, permit).await,
+    match timeout_at(half_open.deadline, accept).await {
+        Ok(Ok(stream)) => handshake(gateway, stream, half_open).await,
         Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
         Err(_) => drop(gateway.hub.shared.metrics.slow_handshakes.inc()),
     }
 }
 
-async fn web_socket(gateway: Arc<Gateway>, stream: TcpStream, permit: OwnedSemaphorePermit) {
+async fn web_socket(gateway: Arc<Gateway>, stream: TcpStream, half_open: HalfOpen) {
     let size_max = gateway.limits.max_packet_size as usize + 16;
     let config = WebSocketConfig::default()
         .read_buffer_size(1_024)
@@ -248,8 +257,8 @@ async fn web_socket(gateway: Arc<Gateway>, stream: TcpStream, permit: OwnedSemap
         .max_write_buffer_size(1 << 20)
         .max_message_size(Some(size_max.max(256 << 10)))
         .max_frame_size(Some(size_max.max(256 << 10)));
-    match timeout(HANDSHAKE_MAX, accept_hdr_async_with_config(stream, subprotocol, Some(config))).await {
-        Ok(Ok(frames)) => handshake(gateway, WebSocket::new(frames), permit).await,
+    match timeout_at(half_open.deadline, accept_hdr_async_with_config(stream, subprotocol, Some(config))).await {
+        Ok(Ok(frames)) => handshake(gateway, WebSocket::new(frames), half_open).await,
         Ok(Err(error)) => tracing::debug!(%error, "WebSocket handshake"),
         Err(_) => drop(gateway.hub.shared.metrics.slow_handshakes.inc()),
     }

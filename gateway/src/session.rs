@@ -394,7 +394,8 @@ impl Inbox {
     fn merge(&mut self, row: &IndexRow) -> u32 {
         let index = self.flow(&row.conversation, row.from_seq);
         let flow = &mut self.flows[index as usize];
-        if row.to_seq >= flow.as_of {
+        if row.as_of >= flow.as_of {
+            flow.as_of = row.as_of;
             flow.to_seq = row.to_seq;
         }
         index

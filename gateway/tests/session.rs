@@ -358,7 +358,7 @@ fn filters_are_granted_or_refused() {
 
 #[test]
 fn a_new_device_gets_what_is_unread_and_a_known_one_what_it_has_not_acknowledged() {
-    let index = vec![IndexRow { conversation: "u/alice/bob".to_owned(), from_seq: 1, to_seq: 0 }];
+    let index = vec![IndexRow { conversation: "u/alice/bob".to_owned(), from_seq: 1, to_seq: 0, as_of: 0 }];
     let head = Head { conversation: "u/alice/bob".to_owned(), head: 5_000, own_mark: 10, ..Head::default() };
     let mut new =
         Driven::registered(&connect(Version::V5), Registered { index: index.clone(), ..Registered::default() });

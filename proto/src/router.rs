@@ -151,11 +151,9 @@ impl<T> Router<T> {
         self.remove(shard, id).map(|pending| pending.token)
     }
 
-    /// A link to a member is up: what its shards wait for goes out.
+    /// A new link to a member is up: what its shards wait for goes out, and again what went over an older link that nobody saw end.
     pub fn link_up(&mut self, member: &MemberId) {
-        if !self.linked.insert(member.clone()) {
-            return;
-        }
+        self.linked.insert(member.clone());
         for shard in self.shards_of(member) {
             self.restart(shard);
         }

@@ -119,7 +119,13 @@ pub async fn execute(store: &dyn Store, me: &MemberId, call: StoreCall) -> Resul
         StoreCall::Range(range) => StoreAnswer::Range(store.range(range).await?),
         StoreCall::Since { shard, after_pos, limit } => StoreAnswer::Since(store.since(shard, after_pos, limit).await?),
         StoreCall::LoadConversation { shard, conversation } => {
-            let head = store.heads(shard, vec![conversation.clone()]).await?.first().copied().unwrap_or_default();
+            // The end of the log tells the head as well; where there is none, nobody has a mark, and no group exists.
+            let range = |conversation| LogRange { shard, conversation, from: 0, limit: TAIL_ENTRIES, max_bytes: 1 << 20, backward: true };
+            let mut tail = store.range(range(conversation.clone())).await?;
+            let Some(head) = tail.first().map(|last| (last.seq, last.ts_ms)) else {
+                return Ok(StoreAnswer::LoadConversation(ConversationRows::default()));
+            };
+            tail.reverse();
             let marks = all_items(store, shard, keys::mark(&conversation, "")).await?;
             let (group, members) = if conversation.starts_with("g/") {
                 let group = store.get(shard, vec![keys::group(&conversation)]).await?.into_iter().next().flatten();
@@ -127,9 +133,6 @@ pub async fn execute(store: &dyn Store, me: &MemberId, call: StoreCall) -> Resul
             } else {
                 (None, Vec::new())
             };
-            let range = LogRange { shard, conversation, from: 0, limit: TAIL_ENTRIES, max_bytes: 1 << 20, backward: true };
-            let mut tail = if head.0 == 0 { Vec::new() } else { store.range(range).await? };
-            tail.reverse();
             StoreAnswer::LoadConversation(ConversationRows { head, marks, group, members, tail })
         }
         StoreCall::LoadUser { shard, user } => {

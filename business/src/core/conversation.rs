@@ -160,11 +160,6 @@ impl Conversation {
         (first..=self.head + 1).contains(&from).then(|| self.cached.range((from - first) as usize..))
     }
 
-    /// A recent entry by its dedup key.
-    pub fn cached_by_key(&self, key: &Bytes) -> Option<&LogEntry> {
-        self.cached.iter().find(|entry| entry.key == *key)
-    }
-
     /// A user's read mark: what he said, or his own last message.
     pub fn mark(&self, user: &str) -> u64 {
         self.marks.get(user).map_or(0, |mark| mark.seq)

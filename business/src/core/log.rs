@@ -36,6 +36,7 @@ const FETCH_ENTRIES_MAX: u32 = 256;
 const FETCH_BYTES_MAX: u32 = 1 << 20;
 /// Users that one change of a group may name.
 const CHANGE_USERS_MAX: usize = 1_000;
+const NOT_A_MEMBER: &str = "not a member of this conversation";
 /// Idle time after which a conversation or user may leave memory.
 pub(super) const IDLE_MAX: Duration = Duration::from_secs(60);
 
@@ -376,20 +377,22 @@ impl OwnedShard {
     /// Refuses, and remembers that nothing of the same group may overtake it until the sender knows.
     fn refuse_in_turn(&mut self, env: &mut Env, to: ReplyTo, code: Refusal, reason: &str) {
         if to.order != 0 {
-            self.refused.insert((to.link, to.order), to.id);
+            let last = self.refused.entry((to.link, to.order)).or_default();
+            *last = to.id.max(*last);
         }
         env.refuse(to, code, reason);
     }
 
     /// Whether an earlier message of the group was refused and the sender may not have known when it sent this one.
     fn would_overtake(&mut self, to: &ReplyTo) -> bool {
-        match self.refused.get(&(to.link, to.order)) {
-            Some(refused) if to.oldest <= *refused && !to.again => to.id > *refused,
-            Some(_) => {
+        match self.refused.get(&(to.link, to.order)).copied() {
+            None => false,
+            Some(refused) if to.oldest > refused => {
                 self.refused.remove(&(to.link, to.order));
                 false
             }
-            None => false,
+            // What was asked before came before.
+            Some(refused) => !to.again && to.id > refused,
         }
     }
 
@@ -450,7 +453,7 @@ impl OwnedShard {
         let visible = conversation.visible(&fetch.user);
         let head = conversation.visible_head(&fetch.user);
         if visible.is_empty() {
-            return env.refuse(to, Refusal::NotAMember, "not a member of this conversation");
+            return env.refuse(to, Refusal::NotAMember, NOT_A_MEMBER);
         }
         let limit = fetch.limit.clamp(1, FETCH_ENTRIES_MAX);
         let max_bytes = fetch.bytes_max.clamp(1, FETCH_BYTES_MAX);
@@ -513,6 +516,24 @@ impl OwnedShard {
         };
         let next = if end >= fetch.last { fetch.after } else { end + 1 };
         env.reply(fetch.to, Answer::Fetched(Fetched { entries, next, head: fetch.head }));
+    }
+
+    /// Looks for a message that may have been stored while its sender was a member, among the latest.
+    fn look_for(&mut self, env: &mut Env, to: ReplyTo, conversation: Arc<str>, key: Bytes) {
+        let (shard, epoch) = (self.number, self.epoch);
+        let range = LogRange { shard, conversation, from: 0, limit: FETCH_ENTRIES_MAX, max_bytes: FETCH_BYTES_MAX, backward: true };
+        env.call(StoreCall::Range(range), Context::Find { shard, epoch, to, key });
+    }
+
+    pub(super) fn looked_for(&mut self, env: &mut Env, to: ReplyTo, key: &Bytes, answer: Result<StoreAnswer, StoreError>) {
+        match answer {
+            Ok(StoreAnswer::Range(rows)) => match rows.into_iter().find(|row| row.key == *key) {
+                Some(found) => env.reply(to, Answer::Stored(Stored { seq: found.seq, ts_ms: found.ts_ms })),
+                None => self.refuse_in_turn(env, to, Refusal::NotAMember, NOT_A_MEMBER),
+            },
+            // Not known: no answer is better than a wrong one. The sender's patience ends in 10 s.
+            _ => {}
+        }
     }
 
     fn group_get(&mut self, env: &mut Env, to: ReplyTo, get: &GroupGet) {
@@ -623,12 +644,11 @@ impl OwnedShard {
                 };
                 let id = conversation.id.clone();
                 if !conversation.is_member(&send.sender) {
-                    // He may have been one when it was stored.
-                    match conversation.cached_by_key(&key).map(|entry| Stored { seq: entry.seq, ts_ms: entry.ts_ms }) {
-                        Some(stored) if to.again => env.reply(to, Answer::Stored(stored)),
-                        _ => self.refuse_in_turn(env, to, Refusal::NotAMember, "not a member of this conversation"),
+                    if to.again {
+                        // He may have been one when it was stored.
+                        return self.look_for(env, to, id, key);
                     }
-                    return;
+                    return self.refuse_in_turn(env, to, Refusal::NotAMember, NOT_A_MEMBER);
                 }
                 if self.would_overtake(&to) {
                     return self.refuse_in_turn(env, to, Refusal::Busy, "an earlier message of this connection was refused: send again");
@@ -647,7 +667,7 @@ impl OwnedShard {
                     return env.refuse(to, Refusal::Busy, "the conversation left memory: send again");
                 };
                 if conversation.visible(&mark.user).is_empty() {
-                    return env.refuse(to, Refusal::NotAMember, "not a member of this conversation");
+                    return env.refuse(to, Refusal::NotAMember, NOT_A_MEMBER);
                 }
                 let known = conversation.mark(&mark.user);
                 let seq = mark.seq.min(conversation.visible_head(&mark.user));

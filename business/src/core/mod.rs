@@ -233,6 +233,7 @@ enum Context {
     LoadConversation { shard: u32, epoch: u64, conversation: Arc<str> },
     LoadUser { shard: u32, epoch: u64, user: Arc<str> },
     Range { shard: u32, epoch: u64, fetch: log::PendingFetch },
+    Find { shard: u32, epoch: u64, to: ReplyTo, key: bytes::Bytes },
     Since { shard: u32, epoch: u64 },
 }
 
@@ -400,6 +401,13 @@ impl Core {
 
     /// Something happened.
     pub fn handle(&mut self, now: Now, input: Input) {
+        self.take(now, input);
+        self.commit();
+    }
+
+    /// Something happened, and more is about to be told at once: [`Core::commit`] comes behind the last of it, so that what came
+    /// together is committed together.
+    pub fn take(&mut self, now: Now, input: Input) {
         self.env.now = now;
         match input {
             Input::LinkOpened { link, peer, role } => self.link_opened(link, peer, role),
@@ -430,7 +438,6 @@ impl Core {
             Input::Tick => self.tick(),
         }
         self.settle();
-        self.commit_what_waits();
     }
 
     /// Carries what members ask of themselves round until nothing is left.
@@ -550,8 +557,8 @@ impl Core {
         }
     }
 
-    /// Forms one commit of all shards that have something to write and nothing under way.
-    fn commit_what_waits(&mut self) {
+    /// Forms commits of all shards that have something to write and nothing under way, as many as may be under way.
+    pub fn commit(&mut self) {
         let commits = self.env.calls.values().filter(|context| matches!(context, Context::Commit { .. })).count();
         for _ in commits..self.env.limits.commits_max {
             let (mut batches, mut shards) = (Vec::new(), Vec::new());
@@ -601,6 +608,11 @@ impl Core {
             (Context::Range { shard, epoch, fetch }, answer) => {
                 if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
                     owned.range_read(&mut self.env, fetch, answer);
+                }
+            }
+            (Context::Find { shard, epoch, to, key }, answer) => {
+                if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
+                    owned.looked_for(&mut self.env, to, &key, answer);
                 }
             }
             (Context::Since { shard, epoch }, answer) => {

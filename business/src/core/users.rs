@@ -23,7 +23,7 @@ use super::{Context, Core, Env, JobKey, LOCAL, Map, ReplyTo};
 use crate::store::{Put, StoreError};
 
 /// How long a gateway's sessions live on without its link. With the link's own detection it stays within 3 s of the gateway's end.
-pub(super) const GATEWAY_GRACE: Duration = Duration::from_millis(2_500);
+pub(super) const GATEWAY_GRACE: Duration = Duration::from_secs(2);
 /// How long a new owner waits for gateways to announce their sessions.
 const ANNOUNCE_WAIT: Duration = Duration::from_secs(3);
 /// How long a registration waits for the session that it takes over to close.
@@ -179,7 +179,8 @@ impl User {
 
 impl Index {
     fn as_link(&self, conversation: &str) -> IndexRow {
-        IndexRow { conversation: conversation.to_owned(), from_seq: self.row.from_seq, to_seq: self.row.to_seq }
+        let StoredIndexRow { from_seq, to_seq, as_of } = self.row;
+        IndexRow { conversation: conversation.to_owned(), from_seq, to_seq, as_of }
     }
 }
 
@@ -386,7 +387,9 @@ impl OwnedShard {
                 return self.answer_registered(env, to, &user_id, &device_id, number, true);
             }
             let kicked = kick_session(&user_id, &device_id, live.number, KickReason::TakenOver);
-            waits = env.push(&live.gateway, kicked, None);
+            env.push(&live.gateway, kicked, None);
+            // A gateway without a link has most likely ended: no Close comes, and its clients are on their way back.
+            waits = env.gateways.get(&live.gateway).is_some_and(|known| known.link.is_some());
         }
         device.registering = Some(Registering { to, gateway, register, written: None });
         if waits {
@@ -639,7 +642,10 @@ impl OwnedShard {
     fn presence_known(&mut self, env: &Env) -> bool {
         let users = &mut self.users;
         if !users.is_known {
-            let all_announced = !env.map_gateways.is_empty() && env.map_gateways.is_subset(&users.announced);
+            // The map may not know a gateway yet whose link is here.
+            let linked = env.gateways.iter().filter(|(_, gateway)| gateway.link.is_some()).map(|(id, _)| id);
+            let mut there = env.map_gateways.iter().chain(linked);
+            let all_announced = !env.map_gateways.is_empty() && there.all(|gateway| users.announced.contains(gateway));
             users.is_known = all_announced || env.now.mono >= users.acquired_at + ANNOUNCE_WAIT;
         }
         users.is_known

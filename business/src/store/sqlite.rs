@@ -38,10 +38,15 @@ const GROUP_ROWS_MAX: usize = 16_384;
 const LINGER: Duration = Duration::from_micros(100);
 /// Connections that read.
 const READERS: usize = 4;
-/// Pages in the write-ahead log that are not in the file yet, from which the checkpointer is woken.
-const WAL_BACKLOG_PAGES: u64 = 1_000;
+/// Pages in the write-ahead log that are not in the file yet, from which the checkpointer is woken. Commits write the same leaves again
+/// and again: a checkpoint of many versions writes each page once, and its fsyncs stand in the way of commits less often.
+const WAL_BACKLOG_PAGES: u64 = 8_192;
 /// Pages of the write-ahead log from which the writer itself ends the checkpoint, so that the log starts over (64 MiB).
 const WAL_PAGES_MAX: u64 = 16_384;
+/// Pages that the checkpointer may leave to the writer, who copies them between two commits.
+const WAL_REST_PAGES: u64 = 512;
+/// Pages of the write-ahead log from which the writer does not wait for the checkpointer any more (256 MiB).
+const WAL_PAGES_LIMIT: u64 = 4 * WAL_PAGES_MAX;
 
 /// Additive steps; the number of those done is in `meta`.
 const MIGRATIONS: [&str; 1] = ["
@@ -428,15 +433,19 @@ impl Writer {
     /// Keeps the write-ahead log short.
     fn bound_wal(&self) {
         match checkpoint(&self.connection, "NOOP") {
-            Ok((pages, _)) if pages >= WAL_PAGES_MAX => {
-                if let Err(error) = checkpoint(&self.connection, "PASSIVE") {
-                    end_if_unsafe(&error, "checkpointing");
-                    tracing::warn!(%error, "the store can't shorten its write-ahead log");
+            Ok((pages, moved)) => {
+                let rest = pages - moved.min(pages);
+                let is_long = pages >= WAL_PAGES_MAX;
+                if is_long && (rest < WAL_REST_PAGES || pages >= WAL_PAGES_LIMIT) {
+                    if let Err(error) = checkpoint(&self.connection, "PASSIVE") {
+                        end_if_unsafe(&error, "checkpointing");
+                        tracing::warn!(%error, "the store can't shorten its write-ahead log");
+                    }
+                } else if is_long || rest >= WAL_BACKLOG_PAGES {
+                    // Woken already or gone at the end: both fine.
+                    drop(self.wake.try_send(()));
                 }
             }
-            // Woken already or gone at the end: both fine.
-            Ok((pages, moved)) if pages - moved.min(pages) >= WAL_BACKLOG_PAGES => drop(self.wake.try_send(())),
-            Ok(_) => {}
             Err(error) => tracing::warn!(%error, "the store can't read the length of its write-ahead log"),
         }
     }

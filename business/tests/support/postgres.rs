@@ -41,9 +41,7 @@ impl PostgresServer {
         run(as_other_user(&binary("initdb")?)?
             .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync", "--pgdata"])
             .arg(&data))?;
-        let listener = TcpListener::bind("127.0.0.1:0").map_err(|e| failed("find a free port", &e))?;
-        server.port = listener.local_addr().map_err(|e| failed("find a free port", &e))?.port();
-        drop(listener);
+        server.port = free_port()?;
         server.run()?;
         Ok(server)
     }
@@ -98,6 +96,20 @@ impl Drop for PostgresServer {
             eprintln!("removing {}: {e}", self.directory.display());
         }
     }
+}
+
+/// A port below those that the kernel hands out for outgoing connections: while the server is down none of them may take it, nor
+/// may a client that looks for it there be connected to itself.
+fn free_port() -> Result<u16, String> {
+    static TRIED: AtomicU32 = AtomicU32::new(0);
+    const PORTS: std::ops::Range<u32> = 30_000..32_700;
+    let mut ports = PORTS.map(|_| {
+        let offset = std::process::id().wrapping_mul(7) % 2_700 + TRIED.fetch_add(1, Ordering::Relaxed);
+        (PORTS.start + offset % 2_700) as u16
+    });
+    ports
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .ok_or_else(|| format!("no free port in {PORTS:?}"))
 }
 
 /// The URL of a server, or of something before it, on 127.0.0.1.

@@ -161,15 +161,18 @@ spec:
     }
 }
 
+/// Where ports of listeners are looked for: below what the kernel hands out for outgoing connections, so that none of those
+/// takes the port of a gateway that is being restarted; and beside what `imcluster up` takes for control and store.
+const PORTS: std::ops::Range<u16> = 10_000..15_000;
+
 /// Three ports that nobody listens on. They are all held open together, so they differ; the members, which share a port
 /// with SO_REUSEPORT, bind them right after.
 pub fn free_ports() -> TestResult<[u16; 3]> {
-    let listeners = [0; 3].map(|_: i32| TcpListener::bind("127.0.0.1:0"));
-    let mut ports = [0; 3];
-    for (port, listener) in ports.iter_mut().zip(listeners) {
-        *port = listener?.local_addr()?.port();
-    }
-    Ok(ports)
+    let mut random = rand::rng();
+    let tried = (0..200).map(|_| TcpListener::bind(("127.0.0.1", random.random_range(PORTS))));
+    let free: Vec<TcpListener> = tried.filter_map(Result::ok).take(3).collect();
+    let ports = free.iter().map(|listener| Ok(listener.local_addr()?.port())).collect::<TestResult<Vec<u16>>>()?;
+    ports.try_into().map_err(|_| format!("no three free ports in {PORTS:?}").into())
 }
 
 /// A running system. Dropped while a test fails, it shows its logs.
@@ -301,6 +304,17 @@ impl Cluster {
         fs::write(&temporary, yaml)?;
         fs::rename(temporary, self.directory.join("cluster.yaml"))?;
         Ok(())
+    }
+
+    /// The status document, as `imcluster status` gives it.
+    pub async fn status(&self) -> TestResult<serde_json::Value> {
+        let mut command = Command::new(program("imcluster")?);
+        command.arg("status").arg("--data-dir").arg(self.data_dir()).args(["-o", "json"]).kill_on_drop(true);
+        let output = timeout(Duration::from_secs(10), command.output()).await??;
+        if !output.status.success() {
+            return Err(format!("imcluster status: {}", String::from_utf8_lossy(&output.stderr)).into());
+        }
+        Ok(serde_json::from_slice(&output.stdout)?)
     }
 
     /// What the supervisor printed.

@@ -75,7 +75,7 @@ impl FakeOwner {
                 state.counter += 1;
                 let number = register.number.unwrap_or(SessionNumber { epoch: 1, counter: state.counter });
                 let mine = |id: &String| id.split('/').skip(1).any(|name| name == register.user);
-                let row = |id: &String| IndexRow { conversation: id.clone(), from_seq: 1, to_seq: 0 };
+                let row = |id: &String| IndexRow { conversation: id.clone(), from_seq: 1, to_seq: 0, as_of: 0 };
                 let index = state.logs.keys().filter(|id| mine(id)).map(row).collect();
                 Outcome::Registered(Registered {
                     number: Some(number),

@@ -349,12 +349,12 @@ impl<P: Platform> Leader<P> {
                     Event::Heartbeat { member: member.clone(), held, loads: vec![], store_ok: true, term: hello.term };
                 self.decide(heard);
                 self.decide(Event::Leaving { member: member.clone(), leaving });
-                self.map_changed = true;
             }
             // It may have been told to drain by the control before this one.
             Tier::Gateway if !leaving => self.send(&member, Command::Undrain(wire::Undrain {})),
             Tier::Gateway => {}
         }
+        self.map_changed = true;
         if !self.hears() {
             let map = Arc::new(self.wire_map());
             outbox.send_map(self.coordinator.version().term, map);
@@ -466,9 +466,9 @@ impl<P: Platform> Leader<P> {
                 outbox.close();
             }
             self.tell(format!("{} (pid {}) ended", member.name(), link.pid));
+            self.map_changed = true;
             if link.tier == Tier::Business {
                 self.decide(Event::MemberGone { member, confirmed_dead: true });
-                self.map_changed = true;
             }
         }
         for tier in Tier::ALL {
@@ -547,9 +547,15 @@ impl<P: Platform> Leader<P> {
     }
 
     fn wire_map(&self) -> wire::Map {
-        let business = self.links.iter().filter(|(_, link)| link.tier == Tier::Business);
-        let mut members: BTreeMap<&MemberId, (WireRole, &str)> =
-            business.map(|(member, link)| (member, (WireRole::Business, link.link_address.as_str()))).collect();
+        // Gateways too: a new owner of a shard knows who is offline as soon as all of them announced their sessions.
+        let mut members: BTreeMap<&MemberId, (WireRole, &str)> = self
+            .links
+            .iter()
+            .map(|(member, link)| match link.tier {
+                Tier::Business => (member, (WireRole::Business, link.link_address.as_str())),
+                Tier::Gateway => (member, (WireRole::Gateway, "")),
+            })
+            .collect();
         for (member, address) in &self.remembered {
             members.entry(member).or_insert((WireRole::Business, address));
         }

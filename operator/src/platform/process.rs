@@ -246,6 +246,7 @@ fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secr
             "maxConnections": limits.max_connections,
             "connectRate": limits.connect_rate,
             "halfOpenMax": limits.max_handshakes,
+            "handshakeTimeoutMs": limits.handshake_timeout.duration().as_millis().clamp(1, 3_600_000) as u64,
             "receiveMaximum": limits.receive_maximum,
             "maxPacketSize": limits.max_packet_size,
             // As wide as the fields of MQTT that announce them.
