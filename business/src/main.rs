@@ -40,7 +40,9 @@ enum Command {
 
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    // A log that can't be written (disk full) must not end the process, as printing that to stderr would.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    log.log_internal_errors(false).init();
     let arguments = Arguments::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let outcome = runtime.map_err(|error| error.to_string()).and_then(|runtime| {
@@ -68,10 +70,13 @@ fn main() -> ExitCode {
 
 async fn serve_store(config: StoreConfig) -> Result<(), String> {
     let folder = &config.data_dir;
-    std::fs::create_dir_all(folder).map_err(|error| format!("cannot create {}: {error}; give a writable dataDir", folder.display()))?;
-    let store: Arc<dyn Store> = Arc::new(Sqlite::open(&folder.join("messages.sqlite")).map_err(|error| error.to_string())?);
+    std::fs::create_dir_all(folder)
+        .map_err(|error| format!("cannot create {}: {error}; give a writable dataDir", folder.display()))?;
+    let store: Arc<dyn Store> =
+        Arc::new(Sqlite::open(&folder.join("messages.sqlite")).map_err(|error| error.to_string())?);
     let address: SocketAddr = config.listen;
-    let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| format!("cannot listen on {address}: {error}"))?;
+    let listener =
+        tokio::net::TcpListener::bind(address).await.map_err(|error| format!("cannot listen on {address}: {error}"))?;
     tracing::info!(name = config.name, %address, "store member starts");
     tokio::select! {
         ended = server::serve(listener, store, config.token) => ended.map_err(|error| error.to_string()),

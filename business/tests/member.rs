@@ -102,7 +102,10 @@ struct Client {
 
 impl Client {
     fn start(members: Vec<(MemberId, String)>) -> Arc<Self> {
-        let client = Arc::new(Self { router: Mutex::new(Router::new(SHARDS, router::Limits::default())), pool: Mutex::new(None) });
+        let client = Arc::new(Self {
+            router: Mutex::new(Router::new(SHARDS, router::Limits::default())),
+            pool: Mutex::new(None),
+        });
         let weak = Arc::downgrade(&client);
         let handler = Arc::new(move |event| {
             if let Some(client) = weak.upgrade() {
@@ -229,7 +232,8 @@ async fn members_store_order_move_and_take_over() {
     until("all shards have an owner", || control.0.lock().owners.len() == SHARDS as usize).await;
 
     let hellos: Vec<control::Hello> = control.0.lock().members.values().map(|(hello, _)| hello.clone()).collect();
-    let member = |hello: &control::Hello| (MemberId::parse(&hello.member).expect("a member"), hello.link_address.clone());
+    let member =
+        |hello: &control::Hello| (MemberId::parse(&hello.member).expect("a member"), hello.link_address.clone());
     let members: Vec<(MemberId, String)> = hellos.iter().map(member).collect();
     let client = Client::start(members.clone());
 
@@ -266,7 +270,13 @@ async fn members_store_order_move_and_take_over() {
     let rows: Vec<control::ShardRow> = {
         let played = control.0.lock();
         let theirs = played.owners.iter().filter(|(_, (owner, _))| owner == "business-0");
-        theirs.map(|(shard, (_, epoch))| control::ShardRow { shard: *shard, epoch: *epoch, owner: members[0].0.to_string() }).collect()
+        theirs
+            .map(|(shard, (_, epoch))| control::ShardRow {
+                shard: *shard,
+                epoch: *epoch,
+                owner: members[0].0.to_string(),
+            })
+            .collect()
     };
     assert_eq!(rows.len(), SHARDS as usize - 1);
     control.tell("business-1", command::Command::Acquire(control::Acquire { expected: rows }));

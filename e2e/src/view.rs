@@ -187,11 +187,10 @@ fn status_lines(status: &Status, lines: &mut Vec<String>) {
         lines.push(format!("shards    {} moving of {}   {}", shards.moving, shards.total, members.join("  ")));
     }
     let lag = status.watermark_lag_seconds.map(|seconds| format!("watermark lag {seconds:.1} s"));
-    let kept =
-        status.no_message_lost.as_ref().map(|value| {
-            let value = value.get("status").unwrap_or(value);
-            format!("NoMessageLost {}", value.to_string().trim_matches('"'))
-        });
+    let kept = status.no_message_lost.as_ref().map(|value| {
+        let value = value.get("status").unwrap_or(value);
+        format!("NoMessageLost {}", value.to_string().trim_matches('"'))
+    });
     let rest: Vec<String> = lag.into_iter().chain(kept).collect();
     if !rest.is_empty() {
         lines.push(format!("store     {}", rest.join("   ")));

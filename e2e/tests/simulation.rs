@@ -263,7 +263,14 @@ impl World {
         world.at(0, What::ControlReturns);
         for i in 0..BUSINESS {
             let id = world.member_id(&format!("business-{i}"));
-            world.business.push(Business { id, core: None, boot: 0, paused: false, backlog: Vec::new(), members: Vec::new() });
+            world.business.push(Business {
+                id,
+                core: None,
+                boot: 0,
+                paused: false,
+                backlog: Vec::new(),
+                members: Vec::new(),
+            });
             world.at(1, What::Restart(Process::Business(i)));
         }
         for i in 0..GATEWAYS {
@@ -303,28 +310,38 @@ impl World {
     }
 
     fn is_quiet(&self) -> bool {
-        self.counter.is_multiple_of(512) && self.people.iter().all(|person| person.subscribed && person.unanswered.is_empty()) && {
-            let report = self.history.check();
-            report.is_settled()
-        }
+        self.counter.is_multiple_of(512)
+            && self.people.iter().all(|person| person.subscribed && person.unanswered.is_empty())
+            && {
+                let report = self.history.check();
+                report.is_settled()
+            }
     }
 
     fn judge(&self, seed: u64) {
         let report = self.history.check();
         let state = |person: &Person| {
             let session = person.connection.and_then(|connection| {
-                let (i, gateway) = self.gateways.iter().enumerate().find(|(_, gateway)| gateway.sessions.contains_key(&connection))?;
+                let (i, gateway) =
+                    self.gateways.iter().enumerate().find(|(_, gateway)| gateway.sessions.contains_key(&connection))?;
                 Some(format!("on {} {:?}", gateway.id, self.gateways[i].sessions[&connection]))
             });
             let (name, unanswered) = (&person.name, person.unanswered.len());
-            format!("{name}: connection {:?}, subscribed {}, unanswered {unanswered}, {session:?}", person.connection, person.subscribed)
+            format!(
+                "{name}: connection {:?}, subscribed {}, unanswered {unanswered}, {session:?}",
+                person.connection, person.subscribed
+            )
         };
         let problem = |what: &str| {
             let people: Vec<String> = self.people.iter().map(state).collect();
-            let routers: Vec<String> = self.gateways.iter().map(|gateway| format!("{}: {:?}", gateway.id, gateway.router)).collect();
+            let routers: Vec<String> =
+                self.gateways.iter().map(|gateway| format!("{}: {:?}", gateway.id, gateway.router)).collect();
             let cores = self.business.iter().filter_map(|member| member.core.as_ref());
-            let slots: Vec<String> =
-                cores.flat_map(|core| (0..SHARDS).map(move |shard| format!("{} shard {shard}: {}", core.me(), core.describe(shard)))).collect();
+            let slots: Vec<String> = cores
+                .flat_map(|core| {
+                    (0..SHARDS).map(move |shard| format!("{} shard {shard}: {}", core.me(), core.describe(shard)))
+                })
+                .collect();
             let now = Duration::from_micros(self.now);
             let control = self.coordinator.as_ref().map(|coordinator| coordinator.snapshot(now));
             let violations = &report.violations;
@@ -353,7 +370,8 @@ impl World {
             problem(&format!("only {} shards have an owner in the end", owners.len()));
         }
         for shard in 0..SHARDS {
-            let holes = self.store.scrub(shard).now_or_never().expect("memory answers at once").expect("memory does not fail");
+            let holes =
+                self.store.scrub(shard).now_or_never().expect("memory answers at once").expect("memory does not fail");
             if !holes.is_empty() {
                 problem(&format!("the store has holes: {holes:?}"));
             }
@@ -475,8 +493,8 @@ impl World {
                 self.after(pause, What::Send);
                 self.send();
             }
-            What::ToSession(person, connection, said) => self.to_session(person, connection, said),
-            What::ToPerson(person, connection, bytes) => self.to_person(person, connection, &bytes),
+            What::ToSession(person, connection, said) => self.session_hears(person, connection, said),
+            What::ToPerson(person, connection, bytes) => self.person_hears(person, connection, &bytes),
             What::Connect(person) => self.connect(person),
             What::ConnectionEnds(person, connection) => self.connection_ends(person, connection),
         }
@@ -511,8 +529,12 @@ impl World {
                         && concerns(&String::from_utf8_lossy(&request.body))
                     {
                         let pipe_of = &self.pipes[pipe];
-                        let (id, shard, epoch, again, oldest) = (request.id, request.shard, request.epoch, request.again, request.oldest);
-                        println!("{ms} {:?} -> {:?} request {id} shard {shard} epoch {epoch} again {again} oldest {oldest} open {}", pipe_of.client, pipe_of.server, pipe_of.open);
+                        let (id, shard, epoch, again, oldest) =
+                            (request.id, request.shard, request.epoch, request.again, request.oldest);
+                        println!(
+                            "{ms} {:?} -> {:?} request {id} shard {shard} epoch {epoch} again {again} oldest {oldest} open {}",
+                            pipe_of.client, pipe_of.server, pipe_of.open
+                        );
                     }
                 }
             }
@@ -525,8 +547,12 @@ impl World {
                     }
                 }
             }
-            What::FromControl(member, command) if concerns(&format!("{:?}", command.command)) => println!("{ms} control tells {member} {:?}", command.command),
-            What::ToControl(member, report) if concerns(&format!("{report:?}")) => println!("{ms} {member} reports {report:?}"),
+            What::FromControl(member, command) if concerns(&format!("{:?}", command.command)) => {
+                println!("{ms} control tells {member} {:?}", command.command)
+            }
+            What::ToControl(member, report) if concerns(&format!("{report:?}")) => {
+                println!("{ms} {member} reports {report:?}")
+            }
             What::Restart(process) => println!("{ms} {process:?} restarts"),
             What::ControlReturns | What::StoreReturns | What::Resume(_) => println!("{ms} something returns"),
             _ => {}
@@ -643,7 +669,8 @@ impl World {
                 self.gateways[i].id.clone()
             }
         };
-        let ours: Vec<u64> = self.pipes.iter().filter(|(_, pipe)| pipe.open && self.ends_at(pipe, process)).map(|(id, _)| *id).collect();
+        let ours: Vec<u64> =
+            self.pipes.iter().filter(|(_, pipe)| pipe.open && self.ends_at(pipe, process)).map(|(id, _)| *id).collect();
         for pipe in ours {
             self.break_pipe(pipe);
         }
@@ -719,7 +746,10 @@ impl World {
     }
 
     fn dial(&mut self, client: Process, server: usize) {
-        let (Some(client_boot), Some(server_boot)) = (self.boot_of(client), self.boot_of(Process::Business(server))) else { return };
+        let (Some(client_boot), Some(server_boot)) = (self.boot_of(client), self.boot_of(Process::Business(server)))
+        else {
+            return;
+        };
         let known = match client {
             Process::Business(i) => &self.business[i].members,
             Process::Gateway(i) => &self.gateways[i].members,
@@ -730,7 +760,10 @@ impl World {
         }
         self.counter += 1;
         let id = self.counter;
-        self.pipes.insert(id, Pipe { client: (client, client_boot), server: (server, server_boot), open: true, arrivals: [0; 2] });
+        self.pipes.insert(
+            id,
+            Pipe { client: (client, client_boot), server: (server, server_boot), open: true, arrivals: [0; 2] },
+        );
         let (peer, role) = match client {
             Process::Business(i) => (self.business[i].id.clone(), Role::Business),
             Process::Gateway(i) => (self.gateways[i].id.clone(), Role::Gateway),
@@ -824,7 +857,11 @@ impl World {
             self.pump(i);
         }
         if let Some(took) = took {
-            self.send_to_server(Process::Gateway(i), peer, ClientFrame { frame: Some(client_frame::Frame::Took(took)) });
+            self.send_to_server(
+                Process::Gateway(i),
+                peer,
+                ClientFrame { frame: Some(client_frame::Frame::Took(took)) },
+            );
         }
     }
 
@@ -914,12 +951,18 @@ impl World {
         for output in self.gateways[i].router.take_outputs() {
             match output {
                 router::Output::Send(to, request) => {
-                    self.send_to_server(Process::Gateway(i), &to, ClientFrame { frame: Some(client_frame::Frame::Request(request)) });
+                    self.send_to_server(
+                        Process::Gateway(i),
+                        &to,
+                        ClientFrame { frame: Some(client_frame::Frame::Request(request)) },
+                    );
                 }
                 router::Output::Done(Token::Session(connection, ticket), outcome) => {
                     self.answer(i, connection, ticket, Answer::Outcome(outcome));
                 }
-                router::Output::Done(Token::CreateGroup, outcome) => self.group_created |= matches!(outcome, Outcome::Group(_)),
+                router::Output::Done(Token::CreateGroup, outcome) => {
+                    self.group_created |= matches!(outcome, Outcome::Group(_))
+                }
                 router::Output::Done(Token::ChangeGroup, outcome) => self.change_answered(&outcome),
                 router::Output::Done(..) => {}
                 router::Output::Ready { shard, .. } => {
@@ -963,7 +1006,8 @@ impl World {
         if !self.group_created && self.gateways[i].router.ready().count() == SHARDS as usize {
             let conversation = group_conversation(GROUP);
             let add = self.people.iter().map(|person| person.name.clone()).collect();
-            let change = GroupChange { conversation, create: true, add, key: "create".into(), ..GroupChange::default() };
+            let change =
+                GroupChange { conversation, create: true, add, key: "create".into(), ..GroupChange::default() };
             let shard = shard_of(&change.conversation, SHARDS);
             let body = Body { body: Some(body::Body::GroupChange(change)) };
             let _ = self.gateways[i].router.request(shard, 0, &body, Token::CreateGroup);
@@ -1053,12 +1097,20 @@ impl World {
             }
             Some(report::Report::Acquired(acquired)) => {
                 for shard in acquired.shards {
-                    self.tell_coordinator(Event::Acquired { shard: shard.shard, epoch: shard.epoch, by: member.clone() });
+                    self.tell_coordinator(Event::Acquired {
+                        shard: shard.shard,
+                        epoch: shard.epoch,
+                        by: member.clone(),
+                    });
                 }
             }
             Some(report::Report::Released(released)) => {
                 for shard in released.shards {
-                    self.tell_coordinator(Event::Released { shard: shard.shard, epoch: shard.epoch, by: member.clone() });
+                    self.tell_coordinator(Event::Released {
+                        shard: shard.shard,
+                        epoch: shard.epoch,
+                        by: member.clone(),
+                    });
                 }
             }
             Some(report::Report::AcquireLost(lost)) => {
@@ -1122,9 +1174,17 @@ impl World {
         let mut push = |id: &MemberId, role: control::Role| {
             members.push(control::Member { member: id.to_string(), role: role.into(), link_address: String::new() });
         };
-        self.business.iter().filter(|member| member.core.is_some()).for_each(|member| push(&member.id, control::Role::Business));
-        self.gateways.iter().filter(|gateway| gateway.alive).for_each(|gateway| push(&gateway.id, control::Role::Gateway));
-        let index = |owner: &MemberId| members.iter().position(|member| member.member == owner.as_str()).map_or(0, |i| i as u32 + 1);
+        self.business
+            .iter()
+            .filter(|member| member.core.is_some())
+            .for_each(|member| push(&member.id, control::Role::Business));
+        self.gateways
+            .iter()
+            .filter(|gateway| gateway.alive)
+            .for_each(|gateway| push(&gateway.id, control::Role::Gateway));
+        let index = |owner: &MemberId| {
+            members.iter().position(|member| member.member == owner.as_str()).map_or(0, |i| i as u32 + 1)
+        };
         let rows = coordinator.map().rows();
         let map = control::Map {
             number: coordinator.version().number,
@@ -1134,8 +1194,12 @@ impl World {
             members,
         };
         let command = Command { term: coordinator.version().term, command: Some(command::Command::Map(map)) };
-        let everybody: Vec<MemberId> =
-            self.business.iter().map(|member| member.id.clone()).chain(self.gateways.iter().map(|gateway| gateway.id.clone())).collect();
+        let everybody: Vec<MemberId> = self
+            .business
+            .iter()
+            .map(|member| member.id.clone())
+            .chain(self.gateways.iter().map(|gateway| gateway.id.clone()))
+            .collect();
         for member in everybody {
             let delay = self.latency();
             self.after(delay, What::FromControl(member, command.clone()));
@@ -1152,8 +1216,10 @@ impl World {
                 return;
             }
             self.gateways[i].version = (command.term, map.number);
-            let business: BTreeMap<String, MemberId> = self.business.iter().map(|member| (member.id.to_string(), member.id.clone())).collect();
-            let listed: Vec<Option<&MemberId>> = map.members.iter().map(|member| business.get(&member.member)).collect();
+            let business: BTreeMap<String, MemberId> =
+                self.business.iter().map(|member| (member.id.to_string(), member.id.clone())).collect();
+            let listed: Vec<Option<&MemberId>> =
+                map.members.iter().map(|member| business.get(&member.member)).collect();
             for (shard, (owner, epoch)) in map.owners.iter().zip(&map.epochs).enumerate() {
                 if let Some(Some(owner)) = (*owner as usize).checked_sub(1).and_then(|index| listed.get(index)) {
                     self.gateways[i].router.claim(shard as u32, *epoch, owner);
@@ -1240,7 +1306,8 @@ impl World {
         let mut effects = Effects::default();
         let admit = |_: &str, _: Option<&[u8]>| Ok(Identity { expires_at_ms: None });
         let shared = self.gateways[i].shared.clone();
-        let session = Session::open(&shared, SHARDS, now_ms, connection, &connect, admit, &mut effects).expect("a good CONNECT");
+        let session =
+            Session::open(&shared, SHARDS, now_ms, connection, &connect, admit, &mut effects).expect("a good CONNECT");
         self.gateways[i].sessions.insert(connection, session);
         let state = &mut self.people[person];
         state.connection = Some(connection);
@@ -1317,7 +1384,7 @@ impl World {
         self.history.record(scheduled, sent);
     }
 
-    fn to_session(&mut self, person: usize, connection: u64, said: Said) {
+    fn session_hears(&mut self, person: usize, connection: u64, said: Said) {
         let now_ms = self.now_ms();
         if self.people[person].connection != Some(connection) {
             return;
@@ -1356,7 +1423,7 @@ impl World {
         self.apply(i, connection, effects);
     }
 
-    fn to_person(&mut self, person: usize, connection: u64, bytes: &[u8]) {
+    fn person_hears(&mut self, person: usize, connection: u64, bytes: &[u8]) {
         if self.people[person].connection != Some(connection) {
             return;
         }
@@ -1374,7 +1441,9 @@ impl World {
                     self.history.record(at, connected);
                     self.say(person, Said::Subscribe);
                 }
-                wire::Packet::ConnAck { .. } | wire::Packet::Disconnect { .. } => return self.connection_ends(person, connection),
+                wire::Packet::ConnAck { .. } | wire::Packet::Disconnect { .. } => {
+                    return self.connection_ends(person, connection);
+                }
                 wire::Packet::SubAck { codes, .. } => {
                     if codes != [1] {
                         return self.drop_connection(person, connection);
@@ -1440,4 +1509,3 @@ fn shared(boot: u64) -> Arc<Shared> {
     };
     Shared::new(boot, limits, Metrics::default())
 }
-

@@ -140,7 +140,9 @@ fn run_up(file: PathBuf, data_dir: PathBuf, console: String, programs: Option<Pa
 
 fn run_control(data_dir: PathBuf, console: String, paths_from: PathBuf) -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    // A log that can't be written (disk full) must not end the process, as printing that to stderr would.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    log.log_internal_errors(false).init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(format!("no runtime: {error}"), 1),

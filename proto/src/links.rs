@@ -182,7 +182,12 @@ impl LinkPool {
         }
     }
 
-    async fn keep(self: Arc<Self>, member: MemberId, address: String, slot: Arc<Mutex<Option<Arc<Outbox<ClientFrame>>>>>) {
+    async fn keep(
+        self: Arc<Self>,
+        member: MemberId,
+        address: String,
+        slot: Arc<Mutex<Option<Arc<Outbox<ClientFrame>>>>>,
+    ) {
         let mut pause = Duration::from_millis(20);
         loop {
             let opened = Instant::now();
@@ -193,7 +198,11 @@ impl LinkPool {
             if let Err(error) = outcome {
                 tracing::debug!(%member, %address, %error, "link");
             }
-            pause = if opened.elapsed() > LINK_SILENCE_MAX { Duration::from_millis(20) } else { (pause * 2).min(PING_INTERVAL) };
+            pause = if opened.elapsed() > LINK_SILENCE_MAX {
+                Duration::from_millis(20)
+            } else {
+                (pause * 2).min(PING_INTERVAL)
+            };
             tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
         }
     }
@@ -209,12 +218,15 @@ impl LinkPool {
         let endpoint = endpoint.connect_timeout(PING_INTERVAL).tcp_nodelay(true);
         let endpoint = endpoint.initial_stream_window_size(4 << 20).initial_connection_window_size(8 << 20);
         let channel = endpoint.connect().await.map_err(unavailable)?;
-        let mut client = LinkClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let mut client = LinkClient::new(channel)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
 
         let outbox = Outbox::new(1 << 20);
         let hello = Hello { member: self.me.to_string(), role: self.role.into() };
         let frame = |frame| ClientFrame { frame: Some(frame) };
-        let push = |f| outbox.push([frame(f)]).map_err(|overflow| tonic::Status::resource_exhausted(overflow.to_string()));
+        let push =
+            |f| outbox.push([frame(f)]).map_err(|overflow| tonic::Status::resource_exhausted(overflow.to_string()));
         push(client_frame::Frame::Hello(hello))?;
         let mut request = tonic::Request::new(outbox.reader().map(|frames| ClientFrames { frames }));
         if let Some(token) = &self.token {

@@ -288,7 +288,8 @@ mod tests {
         }
         assert!(sent(router.take_outputs()).is_empty(), "no owner is known");
         router.claim(0, 4, &a);
-        let to = |name: &str, epoch, ids: &[u64]| ids.iter().map(|id| (name.to_owned(), epoch, *id)).collect::<Vec<_>>();
+        let to =
+            |name: &str, epoch, ids: &[u64]| ids.iter().map(|id| (name.to_owned(), epoch, *id)).collect::<Vec<_>>();
         assert_eq!(sent(router.take_outputs()), to("a", 4, &[1, 2, 3]));
         router.reply(stored(2, 4));
         router.moved(&Moved { shard: 0, ended: 4, to: b.to_string() });

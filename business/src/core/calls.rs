@@ -120,7 +120,14 @@ pub async fn execute(store: &dyn Store, me: &MemberId, call: StoreCall) -> Resul
         StoreCall::Since { shard, after_pos, limit } => StoreAnswer::Since(store.since(shard, after_pos, limit).await?),
         StoreCall::LoadConversation { shard, conversation } => {
             // The end of the log tells the head as well; where there is none, nobody has a mark, and no group exists.
-            let range = |conversation| LogRange { shard, conversation, from: 0, limit: TAIL_ENTRIES, max_bytes: 1 << 20, backward: true };
+            let range = |conversation| LogRange {
+                shard,
+                conversation,
+                from: 0,
+                limit: TAIL_ENTRIES,
+                max_bytes: 1 << 20,
+                backward: true,
+            };
             let mut tail = store.range(range(conversation.clone())).await?;
             let Some(head) = tail.first().map(|last| (last.seq, last.ts_ms)) else {
                 return Ok(StoreAnswer::LoadConversation(ConversationRows::default()));
@@ -138,7 +145,11 @@ pub async fn execute(store: &dyn Store, me: &MemberId, call: StoreCall) -> Resul
         StoreCall::LoadUser { shard, user } => {
             let index = all_items(store, shard, keys::index(&user, "")).await?;
             let sessions = all_items(store, shard, keys::session(&user, "")).await?;
-            let cursors = if sessions.is_empty() { Vec::new() } else { all_items(store, shard, keys::cursors(&user, "")).await? };
+            let cursors = if sessions.is_empty() {
+                Vec::new()
+            } else {
+                all_items(store, shard, keys::cursors(&user, "")).await?
+            };
             StoreAnswer::LoadUser(UserRows { index, sessions, cursors })
         }
     })

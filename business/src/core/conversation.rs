@@ -200,7 +200,9 @@ impl Conversation {
     pub fn is_member(&self, user: &str) -> bool {
         match &self.members {
             Members::Direct(a, b) => **a == *user || **b == *user,
-            Members::Group(group) => group.as_ref().and_then(|group| group.members.get(user)).is_some_and(Member::is_in),
+            Members::Group(group) => {
+                group.as_ref().and_then(|group| group.members.get(user)).is_some_and(Member::is_in)
+            }
         }
     }
 
@@ -210,7 +212,8 @@ impl Conversation {
             Members::Direct(a, b) if **a == *user || **b == *user => vec![(1, self.head)],
             Members::Direct(..) => Vec::new(),
             Members::Group(group) => {
-                let intervals = group.as_ref().and_then(|group| group.members.get(user)).map(|member| &member.intervals);
+                let intervals =
+                    group.as_ref().and_then(|group| group.members.get(user)).map(|member| &member.intervals);
                 let cut = |i: &Interval| (i.from, if i.to == 0 { self.head } else { i.to.min(self.head) });
                 intervals.into_iter().flatten().map(cut).collect()
             }
@@ -293,7 +296,10 @@ impl Conversation {
             }
             seq += 1;
             let join = |user: &&String| {
-                let mut member = members.get(user.as_str()).cloned().unwrap_or(Member { role: GroupRole::Member, intervals: Vec::new() });
+                let mut member = members
+                    .get(user.as_str())
+                    .cloned()
+                    .unwrap_or(Member { role: GroupRole::Member, intervals: Vec::new() });
                 member.role = if Some(*user) == creator { GroupRole::Owner } else { GroupRole::Member };
                 member.intervals.push(Interval { from: seq, to: 0 });
                 (Arc::from(user.as_str()), member)
@@ -302,7 +308,8 @@ impl Conversation {
             step(if is_new { "created" } else { "joined" }, joined, &mut members);
         }
 
-        let mut leaving: Vec<&String> = change.remove.iter().filter(|user| members.get(user.as_str()).is_some_and(Member::is_in)).collect();
+        let mut leaving: Vec<&String> =
+            change.remove.iter().filter(|user| members.get(user.as_str()).is_some_and(Member::is_in)).collect();
         leaving.sort();
         leaving.dedup();
         if !leaving.is_empty() {
@@ -327,7 +334,9 @@ impl Conversation {
         for wanted in &change.roles {
             let role_wanted = GroupRole::try_from(wanted.role).unwrap_or(GroupRole::Unspecified);
             match members.get(wanted.user.as_str()).filter(|member| member.is_in()) {
-                _ if role_wanted == GroupRole::Unspecified => return refuse(Refusal::Invalid, "a role is member, admin or owner"),
+                _ if role_wanted == GroupRole::Unspecified => {
+                    return refuse(Refusal::Invalid, "a role is member, admin or owner");
+                }
                 None => return refuse(Refusal::NotFound, "a role is for a member: add the user first"),
                 Some(member) if member.role == role_wanted => {}
                 Some(member) => {
@@ -411,7 +420,8 @@ mod tests {
         assert_eq!(commit(&mut team, &GroupChange { add: vec!["bob".into()], ..change("alice") }), Ok(1));
         assert_eq!(team.visible("bob"), [(1, 3), (5, 5)]);
         assert_eq!(team.visible_head("bob"), 5);
-        let told = |seq| team.recipients(seq).into_iter().map(|r| (r.user, r.from_seq, r.to_seq, r.as_of)).collect::<Vec<_>>();
+        let told =
+            |seq| team.recipients(seq).into_iter().map(|r| (r.user, r.from_seq, r.to_seq, r.as_of)).collect::<Vec<_>>();
         assert_eq!(told(4), [("alice".to_owned(), 1, 0, 1)]);
         assert_eq!(told(3), [("alice".to_owned(), 1, 0, 1), ("bob".to_owned(), 1, 0, 5)]);
     }

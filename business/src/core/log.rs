@@ -11,8 +11,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 use im_proto::ids::{Conversation as Parsed, is_name, shard_of};
 use im_proto::link::reply::Outcome as Answer;
 use im_proto::link::{
-    Body, Entry, EntryKind, Fetch, Fetched, Group as GroupInfo, GroupChange, GroupGet, GroupMember, Head, HeadList, Heads, MarkRead,
-    Marked, Notify, ReadState, Refusal, RoomMessage, Send, Stored, body, push,
+    Body, Entry, EntryKind, Fetch, Fetched, Group as GroupInfo, GroupChange, GroupGet, GroupMember, Head, HeadList,
+    Heads, MarkRead, Marked, Notify, ReadState, Refusal, RoomMessage, Send, Stored, body, push,
 };
 use im_proto::state::{GroupRow, MarkRow};
 use im_proto::topic::SYSTEM_SENDER;
@@ -22,7 +22,7 @@ use super::calls::{StoreAnswer, StoreCall, keys};
 use super::conversation::{Conversation, GroupStep, Member, Members};
 use super::notify::{Outgoing, PeerToken};
 use super::ownership::{CONFIRMED_FOR, Leaving, RETRY_PAUSE, store_refusal};
-use super::users::{Users, UserWrite};
+use super::users::{UserWrite, Users};
 use super::{Ask, Context, Env, LinkId, Map, ReplyTo};
 use crate::store::{Duplicate, LogEntry, LogRange, Put, ShardBatch, StoreError, Tail};
 
@@ -97,11 +97,29 @@ enum Op {
 
 /// A write under way.
 enum Formed {
-    Send { to: ReplyTo, send: Send, key: Bytes, entry: LogEntry },
-    Mark { to: ReplyTo, mark: MarkRead, seq: u64 },
+    Send {
+        to: ReplyTo,
+        send: Send,
+        key: Bytes,
+        entry: LogEntry,
+    },
+    Mark {
+        to: ReplyTo,
+        mark: MarkRead,
+        seq: u64,
+    },
     /// An implied mark, written with the batch.
-    Implied { conversation: Arc<str>, user: Arc<str>, seq: u64 },
-    Group { to: ReplyTo, change: GroupChange, entries: Vec<LogEntry>, members: Vec<(Arc<str>, Member)> },
+    Implied {
+        conversation: Arc<str>,
+        user: Arc<str>,
+        seq: u64,
+    },
+    Group {
+        to: ReplyTo,
+        change: GroupChange,
+        entries: Vec<LogEntry>,
+        members: Vec<(Arc<str>, Member)>,
+    },
     User(UserWrite),
 }
 
@@ -158,7 +176,11 @@ impl OwnedShard {
 
     pub(super) fn describe(&self) -> String {
         let (epoch, ops, parked) = (self.epoch, self.ops.len(), self.parked.len());
-        format!("owned at {epoch}: {ops} ops, {parked} parked, under way {}, leaving {:?}", self.under_way.is_some(), self.leaving)
+        format!(
+            "owned at {epoch}: {ops} ops, {parked} parked, under way {}, leaving {:?}",
+            self.under_way.is_some(),
+            self.leaving
+        )
     }
 
     /// The highest `pos` stored.
@@ -461,7 +483,8 @@ impl OwnedShard {
         let id = conversation.id.clone();
         let (from, last, after) = if fetch.backward {
             let wanted = if fetch.from == 0 { head } else { fetch.from.min(head) };
-            let Some(&(first, last)) = visible.iter().rev().find(|(first, last)| *first <= wanted && first <= last) else {
+            let Some(&(first, last)) = visible.iter().rev().find(|(first, last)| *first <= wanted && first <= last)
+            else {
                 return env.reply(to, answer(Vec::new(), 0));
             };
             // Backward, `last` is the lower end.
@@ -487,7 +510,14 @@ impl OwnedShard {
             let end = entries.last().map_or(from - 1, |entry| entry.seq);
             return env.reply(to, answer(entries, if end >= last { after } else { end + 1 }));
         }
-        let call = StoreCall::Range(LogRange { shard, conversation: id.clone(), from, limit, max_bytes, backward: fetch.backward });
+        let call = StoreCall::Range(LogRange {
+            shard,
+            conversation: id.clone(),
+            from,
+            limit,
+            max_bytes,
+            backward: fetch.backward,
+        });
         let pending = PendingFetch { to, conversation: id, last, after, head, backward: fetch.backward, visible };
         env.call(call, Context::Range { shard, epoch: self.epoch, fetch: pending });
     }
@@ -521,18 +551,29 @@ impl OwnedShard {
     /// Looks for a message that may have been stored while its sender was a member, among the latest.
     fn look_for(&mut self, env: &mut Env, to: ReplyTo, conversation: Arc<str>, key: Bytes) {
         let (shard, epoch) = (self.number, self.epoch);
-        let range = LogRange { shard, conversation, from: 0, limit: FETCH_ENTRIES_MAX, max_bytes: FETCH_BYTES_MAX, backward: true };
+        let range = LogRange {
+            shard,
+            conversation,
+            from: 0,
+            limit: FETCH_ENTRIES_MAX,
+            max_bytes: FETCH_BYTES_MAX,
+            backward: true,
+        };
         env.call(StoreCall::Range(range), Context::Find { shard, epoch, to, key });
     }
 
-    pub(super) fn looked_for(&mut self, env: &mut Env, to: ReplyTo, key: &Bytes, answer: Result<StoreAnswer, StoreError>) {
-        match answer {
-            Ok(StoreAnswer::Range(rows)) => match rows.into_iter().find(|row| row.key == *key) {
-                Some(found) => env.reply(to, Answer::Stored(Stored { seq: found.seq, ts_ms: found.ts_ms })),
-                None => self.refuse_in_turn(env, to, Refusal::NotAMember, NOT_A_MEMBER),
-            },
-            // Not known: no answer is better than a wrong one. The sender's patience ends in 10 s.
-            _ => {}
+    pub(super) fn looked_for(
+        &mut self,
+        env: &mut Env,
+        to: ReplyTo,
+        key: &Bytes,
+        answer: Result<StoreAnswer, StoreError>,
+    ) {
+        // Without an answer of the store none is given: better than a wrong one. The sender's patience ends after 10 s.
+        let Ok(StoreAnswer::Range(rows)) = answer else { return };
+        match rows.into_iter().find(|row| row.key == *key) {
+            Some(found) => env.reply(to, Answer::Stored(Stored { seq: found.seq, ts_ms: found.ts_ms })),
+            None => self.refuse_in_turn(env, to, Refusal::NotAMember, NOT_A_MEMBER),
         }
     }
 
@@ -553,7 +594,8 @@ impl OwnedShard {
     pub(super) fn link_closed(&mut self, env: &mut Env, link: LinkId) {
         self.refused.retain(|(refused, _), _| *refused != link);
         self.ops.retain(|op| !matches!(op, Op::Send { to, .. } | Op::Mark { to, .. } if to.link == link));
-        let is_void = |ask: &Ask| ask.to.link == link && matches!(ask.body, body::Body::Send(_) | body::Body::MarkRead(_));
+        let is_void =
+            |ask: &Ask| ask.to.link == link && matches!(ask.body, body::Body::Send(_) | body::Body::MarkRead(_));
         self.stalled.retain(|ask| !is_void(ask));
         let before = self.parked.len();
         self.parked.retain(|_, parked| !is_void(&parked.ask));
@@ -594,13 +636,19 @@ impl OwnedShard {
     }
 
     /// Takes what waits into a batch, within what is left of the commit's budget.
-    pub(super) fn form_batch(&mut self, env: &mut Env, ops_left: &mut usize, bytes_left: &mut usize) -> Option<ShardBatch> {
+    pub(super) fn form_batch(
+        &mut self,
+        env: &mut Env,
+        ops_left: &mut usize,
+        bytes_left: &mut usize,
+    ) -> Option<ShardBatch> {
         let now = env.now.mono;
         if self.under_way.is_some() || now < self.write_again_at {
             return None;
         }
         let watermark = self.outgoing.watermark(self.head_pos);
-        let watermark_due = watermark > self.watermark_written && (now >= self.watermark_write_at || self.leaving.is_some());
+        let watermark_due =
+            watermark > self.watermark_written && (now >= self.watermark_write_at || self.leaving.is_some());
         if self.ops.is_empty() && !watermark_due {
             return None;
         }
@@ -651,7 +699,12 @@ impl OwnedShard {
                     return self.refuse_in_turn(env, to, Refusal::NotAMember, NOT_A_MEMBER);
                 }
                 if self.would_overtake(&to) {
-                    return self.refuse_in_turn(env, to, Refusal::Busy, "an earlier message of this connection was refused: send again");
+                    return self.refuse_in_turn(
+                        env,
+                        to,
+                        Refusal::Busy,
+                        "an earlier message of this connection was refused: send again",
+                    );
                 }
                 let Some(conversation) = self.conversation(&id) else { return };
                 if forming.closed.contains(&id) || !forming.keys.insert((id.clone(), key.clone())) {
@@ -659,7 +712,15 @@ impl OwnedShard {
                     forming.closed.insert(id);
                     return forming.deferred.push_back(Op::Send { to, send, key });
                 }
-                let entry = forming.append(conversation, &send.sender, &send.device, &send.client_id, key.clone(), 0, send.payload.clone());
+                let entry = forming.append(
+                    conversation,
+                    &send.sender,
+                    &send.device,
+                    &send.client_id,
+                    key.clone(),
+                    0,
+                    send.payload.clone(),
+                );
                 forming.formed.push(Formed::Send { to, send, key, entry });
             }
             Op::Mark { to, mark } => {
@@ -775,7 +836,8 @@ impl OwnedShard {
     /// Some keys were stored before: they are answered with what is stored, the rest is numbered anew.
     pub(super) fn duplicates(&mut self, env: &mut Env, duplicates: Vec<Duplicate>) {
         let Some(formed) = self.under_way.take() else { return };
-        let mut stored: BTreeMap<usize, LogEntry> = duplicates.into_iter().map(|duplicate| (duplicate.index, duplicate.stored)).collect();
+        let mut stored: BTreeMap<usize, LogEntry> =
+            duplicates.into_iter().map(|duplicate| (duplicate.index, duplicate.stored)).collect();
         env.stats.duplicates += stored.len() as u64;
         let mut index = 0;
         let mut again = Vec::new();
@@ -871,7 +933,8 @@ impl OwnedShard {
             return;
         }
         if self.conversations.len() > max {
-            self.conversations.retain(|_, cached| !matches!(cached, Cached::Ready { used_at, .. } if *used_at + IDLE_MAX < now));
+            self.conversations
+                .retain(|_, cached| !matches!(cached, Cached::Ready { used_at, .. } if *used_at + IDLE_MAX < now));
         }
         self.sweep_users(now, max);
     }
@@ -966,7 +1029,8 @@ pub(super) fn entry_of(entry: &LogEntry) -> Entry {
 }
 
 fn group_info(conversation: &Conversation) -> GroupInfo {
-    let mut info = GroupInfo { conversation: conversation.id.to_string(), head: conversation.head, ..GroupInfo::default() };
+    let mut info =
+        GroupInfo { conversation: conversation.id.to_string(), head: conversation.head, ..GroupInfo::default() };
     if let Members::Group(Some(group)) = &conversation.members {
         info.created_ms = group.created_ms;
         let current = group.members.iter().filter(|(_, member)| member.is_in());
@@ -996,7 +1060,11 @@ fn check(body: &body::Body, shard: u32, env: &Env) -> Result<(), String> {
     match body {
         body::Body::Send(send) => conversation(&send.conversation).and_then(|()| name(&send.sender)).and_then(|()| {
             let has_key = !send.client_id.is_empty() || !send.key.is_empty();
-            if has_key && send.client_id.len() <= 64 { Ok(()) } else { Err("a message needs an id of at most 64 bytes, or a key".into()) }
+            if has_key && send.client_id.len() <= 64 {
+                Ok(())
+            } else {
+                Err("a message needs an id of at most 64 bytes, or a key".into())
+            }
         }),
         body::Body::MarkRead(mark) => conversation(&mark.conversation),
         body::Body::Heads(heads) => heads.conversations.iter().try_for_each(|id| conversation(id)),
@@ -1009,7 +1077,9 @@ fn check(body: &body::Body, shard: u32, env: &Env) -> Result<(), String> {
             let users = change.add.iter().chain(&change.remove).chain(change.roles.iter().map(|role| &role.user));
             conversation(&change.conversation).and_then(|()| users.map(String::as_str).try_for_each(name))
         }
-        body::Body::RoomJoin(_) | body::Body::RoomLeave(_) | body::Body::RoomPublish(_) | body::Body::Announced(_) => Ok(()),
+        body::Body::RoomJoin(_) | body::Body::RoomLeave(_) | body::Body::RoomPublish(_) | body::Body::Announced(_) => {
+            Ok(())
+        }
         body::Body::Register(register) => user(&register.user).and_then(|()| name(&register.device)),
         body::Body::Close(close) => user(&close.user).and_then(|()| name(&close.device)),
         body::Body::Subscribe(subscribe) => user(&subscribe.user).and_then(|()| name(&subscribe.device)),

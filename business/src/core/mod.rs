@@ -26,8 +26,8 @@ use im_proto::control::{Command, Hello, Report, report};
 use im_proto::ids::MemberId;
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
-    Body, ClientFrame, Done, Moved, Owned, Push, Refusal, Refused, Register, Reply, Request, Role, ServerFrame, body, client_frame, push,
-    server_frame,
+    Body, ClientFrame, Done, Moved, Owned, Push, Refusal, Refused, Register, Reply, Request, Role, ServerFrame, body,
+    client_frame, push, server_frame,
 };
 use im_proto::router::{self, Router};
 use prost::Message;
@@ -445,7 +445,9 @@ impl Core {
         loop {
             for output in self.env.router.take_outputs() {
                 match output {
-                    router::Output::Send(to, request) if to == self.env.me => self.env.loopback.push_back(Loop::Request(request)),
+                    router::Output::Send(to, request) if to == self.env.me => {
+                        self.env.loopback.push_back(Loop::Request(request))
+                    }
                     router::Output::Send(to, request) => {
                         let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request)) };
                         self.env.outputs.push(Output::Peer { to, frame });
@@ -505,7 +507,9 @@ impl Core {
         match frame.frame {
             Some(client_frame::Frame::Request(request)) => self.request(link, request),
             Some(client_frame::Frame::Took(through)) => {
-                let Some(gateway) = self.env.links.get(&link).and_then(|peer| self.env.gateways.get_mut(peer)) else { return };
+                let Some(gateway) = self.env.links.get(&link).and_then(|peer| self.env.gateways.get_mut(peer)) else {
+                    return;
+                };
                 while let Some((id, job)) = gateway.outstanding.front()
                     && *id <= through
                 {

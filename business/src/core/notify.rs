@@ -129,7 +129,12 @@ impl OwnedShard {
                 for entry in entries.into_iter().filter(|entry| entry.pos > started) {
                     if entry.pos != expected {
                         env.stats.holes += 1;
-                        tracing::error!(shard = self.number, expected, found = entry.pos, "a hole in the log: a stored message was lost");
+                        tracing::error!(
+                            shard = self.number,
+                            expected,
+                            found = entry.pos,
+                            "a hole in the log: a stored message was lost"
+                        );
                     }
                     expected = entry.pos + 1;
                     self.outgoing.backlog.push_back(entry);
@@ -162,14 +167,16 @@ impl OwnedShard {
 
     fn begin(&mut self, env: &mut Env, entry: &LogEntry) -> bool {
         let Some(recipients) = self.recipients_of(env, entry) else { return false };
-        let shards: std::collections::BTreeSet<u32> = recipients.iter().map(|r| shard_of(&r.user, env.shards)).collect();
+        let shards: std::collections::BTreeSet<u32> =
+            recipients.iter().map(|r| shard_of(&r.user, env.shards)).collect();
         self.outgoing.started = entry.pos;
         if shards.is_empty() {
             env.stats.notified += 1;
             return true;
         }
         let at = env.now.mono;
-        let mut parts: Vec<Part> = shards.into_iter().map(|shard| Part { shard, request: None, again_at: at }).collect();
+        let mut parts: Vec<Part> =
+            shards.into_iter().map(|shard| Part { shard, request: None, again_at: at }).collect();
         self.send_parts(env, entry, recipients, &mut parts);
         self.outgoing.pending.insert(entry.pos, Pending { entry: entry.clone(), at, parts });
         true
@@ -188,7 +195,12 @@ impl OwnedShard {
                 recipients: by_shard.remove(&part.shard).unwrap_or_default(),
                 read_states: Vec::new(),
             };
-            let token = PeerToken::Notify { shard: self.number, epoch: self.epoch, pos: entry.pos, recipients_shard: part.shard };
+            let token = PeerToken::Notify {
+                shard: self.number,
+                epoch: self.epoch,
+                pos: entry.pos,
+                recipients_shard: part.shard,
+            };
             let body = Body { body: Some(body::Body::Notify(notify)) };
             match env.router.request(part.shard, 0, &body, token) {
                 Ok(request) => part.request = Some(request),
@@ -217,8 +229,10 @@ impl OwnedShard {
     /// Sends again what was refused for now.
     pub(super) fn retry_notifications(&mut self, env: &mut Env) {
         let now = env.now.mono;
-        let is_due = |pending: &Pending| pending.parts.iter().any(|part| part.request.is_none() && part.again_at <= now);
-        let due: Vec<u64> = self.outgoing.pending.iter().filter(|(_, pending)| is_due(pending)).map(|(pos, _)| *pos).collect();
+        let is_due =
+            |pending: &Pending| pending.parts.iter().any(|part| part.request.is_none() && part.again_at <= now);
+        let due: Vec<u64> =
+            self.outgoing.pending.iter().filter(|(_, pending)| is_due(pending)).map(|(pos, _)| *pos).collect();
         for pos in due {
             let Some(mut pending) = self.outgoing.pending.remove(&pos) else { continue };
             if let Some(recipients) = self.recipients_of(env, &pending.entry) {

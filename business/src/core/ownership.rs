@@ -143,7 +143,9 @@ impl Core {
         }
         for (shard, (owner, epoch)) in map.owners.iter().zip(&map.epochs).enumerate() {
             let owner = (*owner as usize).checked_sub(1).and_then(|index| map.members.get(index));
-            if let Some(owner) = owner.and_then(|owner| MemberId::parse(&owner.member).ok()).filter(|owner| *owner != self.env.me) {
+            if let Some(owner) =
+                owner.and_then(|owner| MemberId::parse(&owner.member).ok()).filter(|owner| *owner != self.env.me)
+            {
                 self.env.router.claim(shard as u32, *epoch, &owner);
             }
         }
@@ -157,7 +159,10 @@ impl Core {
                 for row in rows {
                     let is_ours = |owner: &MemberId| owner.name() == self.env.me.name() && *owner != self.env.me;
                     if row.owner.as_ref().is_some_and(is_ours) {
-                        self.want(Claim { shard: row.shard, expected_epoch: row.epoch, expected_owner: row.owner }, None);
+                        self.want(
+                            Claim { shard: row.shard, expected_epoch: row.epoch, expected_owner: row.owner },
+                            None,
+                        );
                     }
                 }
                 self.ask_for_wanted();
@@ -174,7 +179,10 @@ impl Core {
             Some(Slot::Acquiring(acquiring)) if acquiring.ask_at.is_none() => {}
             _ => {
                 let shard = claim.shard;
-                self.slots.insert(shard, Slot::Acquiring(Acquiring { claim, since, recovering, ask_at: Some(since), early: Vec::new() }));
+                self.slots.insert(
+                    shard,
+                    Slot::Acquiring(Acquiring { claim, since, recovering, ask_at: Some(since), early: Vec::new() }),
+                );
             }
         }
     }
@@ -263,7 +271,10 @@ impl Core {
     fn report_lost(&mut self, rows: &[ShardRow]) {
         if !rows.is_empty() {
             let owner = |row: &ShardRow| row.owner.as_ref().map_or_else(String::new, ToString::to_string);
-            let rows = rows.iter().map(|row| control::ShardRow { shard: row.shard, epoch: row.epoch, owner: owner(row) }).collect();
+            let rows = rows
+                .iter()
+                .map(|row| control::ShardRow { shard: row.shard, epoch: row.epoch, owner: owner(row) })
+                .collect();
             self.env.report(report::Report::AcquireLost(control::AcquireLost { rows }));
         }
     }
@@ -292,7 +303,12 @@ impl Core {
         }
     }
 
-    pub(super) fn commit_answered(&mut self, shards: Vec<(u32, u64)>, at: Duration, answer: Result<StoreAnswer, StoreError>) {
+    pub(super) fn commit_answered(
+        &mut self,
+        shards: Vec<(u32, u64)>,
+        at: Duration,
+        answer: Result<StoreAnswer, StoreError>,
+    ) {
         match answer {
             Ok(StoreAnswer::Commit(outcomes)) if outcomes.len() == shards.len() => {
                 for ((shard, epoch), outcome) in shards.into_iter().zip(outcomes) {
@@ -305,7 +321,12 @@ impl Core {
                             self.report_lost(&[row]);
                         }
                         Outcome::Corrupt(what) => {
-                            tracing::error!(shard, epoch, what, "the store contradicts this owner: it acquires the shard anew");
+                            tracing::error!(
+                                shard,
+                                epoch,
+                                what,
+                                "the store contradicts this owner: it acquires the shard anew"
+                            );
                             self.recover(shard, epoch);
                         }
                     }
@@ -320,7 +341,10 @@ impl Core {
                 }
             }
             _ => {
-                tracing::warn!(shards = shards.len(), "the outcome of a commit is unknown: its shards are acquired anew");
+                tracing::warn!(
+                    shards = shards.len(),
+                    "the outcome of a commit is unknown: its shards are acquired anew"
+                );
                 for (shard, epoch) in shards {
                     self.recover(shard, epoch);
                 }
@@ -330,11 +354,19 @@ impl Core {
         self.release_what_is_empty();
     }
 
-    pub(super) fn check_answered(&mut self, shards: Vec<(u32, u64)>, at: Duration, answer: Result<StoreAnswer, StoreError>) {
+    pub(super) fn check_answered(
+        &mut self,
+        shards: Vec<(u32, u64)>,
+        at: Duration,
+        answer: Result<StoreAnswer, StoreError>,
+    ) {
         self.next.checking = false;
         let Ok(StoreAnswer::Check(rows)) = answer else { return };
         for row in &rows {
-            if shards.iter().any(|&(shard, epoch)| shard == row.shard && owned_at(&mut self.slots, shard, epoch).is_some()) {
+            if shards
+                .iter()
+                .any(|&(shard, epoch)| shard == row.shard && owned_at(&mut self.slots, shard, epoch).is_some())
+            {
                 self.fenced(row);
             }
         }

@@ -10,8 +10,9 @@ use bytes::Bytes;
 use im_proto::ids::MemberId;
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
-    Close, ConversationList, Conversations, Cursor, Cursors, Deliver, IndexRow, Kick, KickReason, KickSession, LiveSession, Notify, PresenceInfo,
-    Recipient, Refusal, Register, Registered, SessionNumber, Subscribe, Taken, body, push,
+    Close, ConversationList, Conversations, Cursor, Cursors, Deliver, IndexRow, Kick, KickReason, KickSession,
+    LiveSession, Notify, PresenceInfo, Recipient, Refusal, Register, Registered, SessionNumber, Subscribe, Taken, body,
+    push,
 };
 use im_proto::state::{CursorRow, IndexRow as StoredIndexRow, SessionRow, TakenRow};
 use prost::Message;
@@ -268,7 +269,9 @@ impl OwnedShard {
 
     pub(super) fn user_loaded(&mut self, env: &mut Env, id: Arc<str>, answer: Result<StoreAnswer, StoreError>) {
         let loaded = match answer {
-            Ok(StoreAnswer::LoadUser(rows)) => User::load(rows).map_err(|error| (Refusal::StoreUnavailable, error.to_string())),
+            Ok(StoreAnswer::LoadUser(rows)) => {
+                User::load(rows).map_err(|error| (Refusal::StoreUnavailable, error.to_string()))
+            }
             Ok(_) => Err((Refusal::StoreUnavailable, "the store answered something else".to_owned())),
             Err(error) => Err(store_refusal(&error)),
         };
@@ -296,7 +299,8 @@ impl OwnedShard {
             body::Body::Close(close) => self.close(env, to, close),
             body::Body::Subscribe(subscribe) => self.subscribe(env, to, subscribe),
             body::Body::Cursors(cursors) => {
-                if let Some(device) = self.users.device(&cursors.user, &cursors.device).filter(|device| device.is_live(cursors.number))
+                if let Some(device) =
+                    self.users.device(&cursors.user, &cursors.device).filter(|device| device.is_live(cursors.number))
                     && device.merge(&cursors.cursors)
                 {
                     self.users.dirty.insert((cursors.user.into(), cursors.device.into()));
@@ -308,7 +312,8 @@ impl OwnedShard {
                 let Some(user) = self.users.get(&list.user) else { return };
                 let limit = list.limit.clamp(1, LIST_ROWS_MAX) as usize;
                 let after = (std::ops::Bound::Excluded(list.after.as_str()), std::ops::Bound::Unbounded);
-                let mut rows: Vec<IndexRow> = user.index.range::<str, _>(after).take(limit + 1).map(|(id, row)| row.as_link(id)).collect();
+                let mut rows: Vec<IndexRow> =
+                    user.index.range::<str, _>(after).take(limit + 1).map(|(id, row)| row.as_link(id)).collect();
                 let more = rows.len() > limit;
                 rows.truncate(limit);
                 env.reply(to, Outcome::Conversations(ConversationList { rows, more }));
@@ -403,7 +408,9 @@ impl OwnedShard {
     fn write_registration(&mut self, env: &mut Env, user: &Arc<str>, device_id: &Arc<str>) {
         let now_ms = env.now.wall_ms;
         let Some(device) = self.users.device(user, device_id) else { return };
-        let Some(registering) = device.registering.as_mut().filter(|registering| registering.written.is_none()) else { return };
+        let Some(registering) = device.registering.as_mut().filter(|registering| registering.written.is_none()) else {
+            return;
+        };
         device.live = None;
         let register = &registering.register;
         let had_row = device.row.is_some();
@@ -442,13 +449,24 @@ impl OwnedShard {
         self.users.sessions_counted += 1;
         let number = SessionNumber { epoch: self.epoch, counter: self.users.sessions_counted };
         let Some(device) = self.users.device(user, device_id) else { return };
-        let Some(Registering { to, gateway, register, written: Some((row, is_present)) }) = device.registering.take() else { return };
+        let Some(Registering { to, gateway, register, written: Some((row, is_present)) }) = device.registering.take()
+        else {
+            return;
+        };
         device.row = row;
         device.live = Some(Live { number, gateway, connection: register.connection, since_ms: env.now.wall_ms });
         self.answer_registered(env, to, user, device_id, number, is_present);
     }
 
-    fn answer_registered(&mut self, env: &mut Env, to: ReplyTo, user: &str, device_id: &str, number: SessionNumber, session_present: bool) {
+    fn answer_registered(
+        &mut self,
+        env: &mut Env,
+        to: ReplyTo,
+        user: &str,
+        device_id: &str,
+        number: SessionNumber,
+        session_present: bool,
+    ) {
         let Some(user) = self.users.get(user) else { return };
         let index = user.index_rows();
         let Some(device) = user.devices.get(device_id) else { return };
@@ -460,7 +478,11 @@ impl OwnedShard {
             subscribed: row.is_some_and(|row| row.subscribed),
             connections: device.connections,
             index,
-            cursors: device.cursors.iter().map(|(id, seq)| Cursor { conversation: id.to_string(), seq: *seq }).collect(),
+            cursors: device
+                .cursors
+                .iter()
+                .map(|(id, seq)| Cursor { conversation: id.to_string(), seq: *seq })
+                .collect(),
             taken: row.map(|row| row.taken.iter().map(taken).collect()).unwrap_or_default(),
         };
         env.reply(to, Outcome::Registered(registered));
@@ -477,10 +499,15 @@ impl OwnedShard {
                 return env.refuse(to, Refusal::StaleSession, "another connection of this device came later");
             }
             if live.number != number {
-                env.push(&live.gateway, kick_session(&register.user, &register.device, live.number, KickReason::TakenOver), None);
+                env.push(
+                    &live.gateway,
+                    kick_session(&register.user, &register.device, live.number, KickReason::TakenOver),
+                    None,
+                );
             }
         }
-        let since_ms = device.live.as_ref().filter(|live| live.number == number).map_or(env.now.wall_ms, |live| live.since_ms);
+        let since_ms =
+            device.live.as_ref().filter(|live| live.number == number).map_or(env.now.wall_ms, |live| live.since_ms);
         device.live = Some(Live { number, gateway, connection: register.connection, since_ms });
         let connections = device.connections;
         if device.merge(&register.cursors) {
@@ -498,7 +525,8 @@ impl OwnedShard {
     }
 
     fn close(&mut self, env: &mut Env, to: ReplyTo, close: Close) {
-        let Some(device) = self.users.device(&close.user, &close.device).filter(|device| device.is_live(close.number)) else {
+        let Some(device) = self.users.device(&close.user, &close.device).filter(|device| device.is_live(close.number))
+        else {
             // Taken over, or closed before.
             return env.done(to);
         };
@@ -541,8 +569,10 @@ impl OwnedShard {
     }
 
     fn subscribe(&mut self, env: &mut Env, to: ReplyTo, subscribe: Subscribe) {
-        let (user, device_id): (Arc<str>, Arc<str>) = (subscribe.user.as_str().into(), subscribe.device.as_str().into());
-        let Some(device) = self.users.device(&user, &device_id).filter(|device| device.is_live(subscribe.number)) else {
+        let (user, device_id): (Arc<str>, Arc<str>) =
+            (subscribe.user.as_str().into(), subscribe.device.as_str().into());
+        let Some(device) = self.users.device(&user, &device_id).filter(|device| device.is_live(subscribe.number))
+        else {
             return env.refuse(to, Refusal::StaleSession, "this connection is not the device's latest");
         };
         device.merge(&subscribe.cursors);
@@ -561,7 +591,8 @@ impl OwnedShard {
     fn notify(&mut self, env: &mut Env, to: ReplyTo, notify: Notify) {
         for state in notify.read_states {
             let Some(user) = self.users.get(&state.user) else { continue };
-            let gateways: BTreeSet<MemberId> = user.devices.values().filter_map(|device| Some(device.live.as_ref()?.gateway.clone())).collect();
+            let gateways: BTreeSet<MemberId> =
+                user.devices.values().filter_map(|device| Some(device.live.as_ref()?.gateway.clone())).collect();
             for gateway in gateways {
                 env.push(&gateway, push::Push::ReadState(state.clone()), None);
             }
@@ -588,7 +619,11 @@ impl OwnedShard {
                     }
                 }
                 known => {
-                    let row = StoredIndexRow { from_seq: recipient.from_seq, to_seq: recipient.to_seq, as_of: recipient.as_of };
+                    let row = StoredIndexRow {
+                        from_seq: recipient.from_seq,
+                        to_seq: recipient.to_seq,
+                        as_of: recipient.as_of,
+                    };
                     let mut waiting = known.map(|index| std::mem::take(&mut index.waiting)).unwrap_or_default();
                     waiting.push(job);
                     waits_for += 1;
@@ -608,7 +643,10 @@ impl OwnedShard {
             }
             is_held |= !is_online && !is_known;
             if let Some(row) = write {
-                let puts = vec![Put { key: keys::index(&recipient.user, &conversation), value: Some(row.encode_to_vec().into()) }];
+                let puts = vec![Put {
+                    key: keys::index(&recipient.user, &conversation),
+                    value: Some(row.encode_to_vec().into()),
+                }];
                 let then = Then::Indexed { user: recipient.user.as_str().into(), conversation: conversation.clone() };
                 self.write_user(env, UserWrite { puts, then });
             }
@@ -673,7 +711,9 @@ impl OwnedShard {
                 env.done(to);
             }
             Then::Indexed { user, conversation } => {
-                let Some(index) = self.users.get(&user).and_then(|user| user.index.get_mut(&conversation)) else { return };
+                let Some(index) = self.users.get(&user).and_then(|user| user.index.get_mut(&conversation)) else {
+                    return;
+                };
                 index.is_durable = true;
                 for job in std::mem::take(&mut index.waiting) {
                     self.job_step(env, job);
@@ -725,7 +765,8 @@ impl OwnedShard {
             ask_for_user(env, self.number, self.epoch, user);
         }
         if !self.users.takeovers.is_empty() {
-            let (due, later) = std::mem::take(&mut self.users.takeovers).into_iter().partition(|(deadline, ..)| *deadline <= now);
+            let (due, later) =
+                std::mem::take(&mut self.users.takeovers).into_iter().partition(|(deadline, ..)| *deadline <= now);
             self.users.takeovers = later;
             let due: Vec<(Duration, Arc<str>, Arc<str>)> = due;
             for (_, user, device) in due {
@@ -742,7 +783,8 @@ impl OwnedShard {
         if self.users.users.len() <= max {
             return;
         }
-        let in_use = |user: &User| user.devices.values().any(|device| device.live.is_some() || device.registering.is_some());
+        let in_use =
+            |user: &User| user.devices.values().any(|device| device.live.is_some() || device.registering.is_some());
         let dirty: BTreeSet<Arc<str>> = self.users.dirty.iter().map(|(user, _)| user.clone()).collect();
         self.users.users.retain(|id, cached| match cached {
             Cached::Loading(_) => true,
@@ -784,8 +826,13 @@ impl Core {
     /// Ends the sessions of gateways whose links stayed away.
     pub(super) fn gateways_gone(&mut self) {
         let now = self.env.now.mono;
-        let gone: Vec<MemberId> =
-            self.env.gateways.iter().filter(|(_, gateway)| gateway.gone_at.is_some_and(|at| at <= now)).map(|(id, _)| id.clone()).collect();
+        let gone: Vec<MemberId> = self
+            .env
+            .gateways
+            .iter()
+            .filter(|(_, gateway)| gateway.gone_at.is_some_and(|at| at <= now))
+            .map(|(id, _)| id.clone())
+            .collect();
         for id in gone {
             if let Some(gateway) = self.env.gateways.remove(&id) {
                 self.env.settled.extend(gateway.orphaned);
@@ -804,5 +851,10 @@ fn ask_for_user(env: &mut Env, shard: u32, epoch: u64, user: Arc<str>) {
 }
 
 fn kick_session(user: &str, device: &str, number: SessionNumber, reason: KickReason) -> push::Push {
-    push::Push::Kick(KickSession { user: user.to_owned(), device: device.to_owned(), number: Some(number), reason: reason.into() })
+    push::Push::Kick(KickSession {
+        user: user.to_owned(),
+        device: device.to_owned(),
+        number: Some(number),
+        reason: reason.into(),
+    })
 }

@@ -443,7 +443,7 @@ impl Writer {
                     }
                 } else if is_long || rest >= WAL_BACKLOG_PAGES {
                     // Woken already or gone at the end: both fine.
-                    drop(self.wake.try_send(()));
+                    let _ = self.wake.try_send(());
                 }
             }
             Err(error) => tracing::warn!(%error, "the store can't read the length of its write-ahead log"),

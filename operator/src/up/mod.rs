@@ -580,7 +580,8 @@ impl Supervisor {
 
 /// Tells the user. The supervisor has no log of its own: this is what the terminal is for.
 fn say(text: &str) {
-    eprintln!("imcluster: {text}");
+    // Nobody reads it, or its disk is full: that must not end the supervisor.
+    let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("imcluster: {text}\n"));
 }
 
 fn indent(lines: &str) -> String {
