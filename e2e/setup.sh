@@ -19,9 +19,13 @@ if [ ${#packages[@]} -gt 0 ]; then
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
     # Servers are started by whoever tests with them, not by the package.
-    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod +x "$policy"
+        trap 'rm -f "$policy"' EXIT
+    fi
     apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
-    rm -f /usr/sbin/policy-rc.d
 fi
 if ! command -v cargo >/dev/null; then
     echo "missing: cargo. Install Rust with rustup (https://rustup.rs) and run this again." >&2

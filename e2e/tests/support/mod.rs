@@ -90,6 +90,8 @@ pub struct Template {
     pub tls: Option<String>,
     /// Where the data directory is to lie; else beside the cluster's file.
     pub data_dir: Option<PathBuf>,
+    /// Neither scale nor rebalance.
+    pub paused: bool,
 }
 
 impl Template {
@@ -104,6 +106,7 @@ impl Template {
             ports: free_ports()?,
             tls: None,
             data_dir: None,
+            paused: false,
         })
     }
 
@@ -115,7 +118,7 @@ impl Template {
 
     /// The ImCluster as YAML.
     pub fn yaml(&self) -> String {
-        let Self { gateways, business, shards, storage, auth, ports, tls, data_dir: _ } = self;
+        let Self { gateways, business, shards, storage, auth, ports, tls, data_dir: _, paused } = self;
         let tls = tls.as_ref().map(|tls| format!("    tls: {tls}\n")).unwrap_or_default();
         let tier = |(minimum, maximum): (u32, u32), target: u32| {
             format!(
@@ -140,6 +143,7 @@ kind: ImCluster
 metadata:
   name: test
 spec:
+  paused: {paused}
   auth: {auth}
   access:
     mqtt: {{address: \"127.0.0.1:{}\"}}

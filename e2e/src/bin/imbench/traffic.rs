@@ -79,7 +79,7 @@ pub async fn steady(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
     let (delivery, peer) = (number(&ours, "/deliveryMillis/p99")?, number(&theirs, "/deliveryMillis/p99")?);
     table.add("delivery p99 at 5,000/s", "ms", delivery, "mosquitto (not durable)", peer, Wanted::Shown);
     table.add("CPU per message, all tiers", "µs", our_cpu, "mosquitto (not durable)", their_cpu, Wanted::AtMost(3.0));
-    let cold = "the same, a quarter opens a conversation";
+    let cold = "the same, anybody writes to anybody";
     table.add(cold, "µs", our_cpu_cold, "mosquitto (not durable)", their_cpu, Wanted::Shown);
     table.add(
         "saturating rate, same machine as the load",
