@@ -363,12 +363,13 @@ mod tests {
             let (mut epoch, mut asked, mut answered) = (0, 0, 0);
             let mut seen = Vec::new();
             let mut inbox: VecDeque<(MemberId, Request)> = VecDeque::new();
-            let finish = [(0, 0), (1, 0), (4, 1)].into_iter().chain(std::iter::repeat_n((5, 0), 500));
+            let finish = [(0, 0), (1, 0), (4, 1)].into_iter().chain(std::iter::repeat_n((5, 0), 2_000));
             for (kind, pick) in steps.into_iter().chain(finish) {
                 let who = &members[(pick % 2) as usize];
                 match kind {
-                    0 => router.link_up(who),
-                    1 => { router.link_up(&members[0]); router.link_up(&members[1]); }
+                    // A new link: what the old one still carried is gone.
+                    0 => { inbox.retain(|(to, _)| to != who); router.link_up(who); }
+                    1 => { inbox.clear(); router.link_up(&members[0]); router.link_up(&members[1]); }
                     2 => { router.link_down(who); inbox.retain(|(to, _)| to != who); }
                     3 => { asked += 1; prop_assert!(router.request(0, 1, &body(), asked).is_ok()); }
                     4 => { epoch += pick; if epoch > 0 { router.claim(0, epoch, who); } }
