@@ -56,7 +56,7 @@ struct Weather {
 
 #[test]
 fn seeds_hold_the_invariants() {
-    let count = std::env::var("SIM_SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(40);
+    let count = std::env::var("SIM_SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(120);
     let first = std::env::var("SIM_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
     let mut totals = (0, 0, 0);
     for seed in first..first + count {
