@@ -250,7 +250,7 @@ impl Session {
         self.inbox.forget();
     }
 
-    fn send_close(&mut self, expiry_s: Option<u32>, effects: &mut Effects) {
+    pub(super) fn send_close(&mut self, expiry_s: Option<u32>, effects: &mut Effects) {
         let mut taken = std::mem::take(&mut self.resumable);
         for waiting in &self.waiting {
             if let What::Publish(publish) = &waiting.what
