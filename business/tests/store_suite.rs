@@ -186,8 +186,17 @@ async fn what_is_appended_can_be_read(a: &Party, shard: u32) {
     assert_eq!(a.store.since(shard, u64::MAX, 10).await.unwrap(), []);
     let direct = a.store.range(range(shard, "u/ann/bob", 1, 10, 1000, false)).await.unwrap();
     assert_eq!(direct, [rows[0].clone(), rows[2].clone()]);
-    let heads = a.store.heads(shard, vec!["g/x".into(), "g/none".into(), "u/ann/bob".into()]).await.unwrap();
-    assert_eq!(heads, [(1, rows[1].ts_ms), (0, 0), (2, rows[2].ts_ms)]);
+    for (place, conversation, key, found) in [
+        (shard, "u/ann/bob", "k3", Some(&rows[2])),
+        (shard, "g/x", "k2", Some(&rows[1])),
+        (shard, "g/x", "k3", None),
+        (shard, "g/none", "k2", None),
+        (shard, "g/x", "", None),
+        (shard + 1000, "g/x", "k2", None),
+    ] {
+        let answer = a.store.find(place, conversation.into(), Bytes::from_static(key.as_bytes())).await.unwrap();
+        assert_eq!(answer.as_ref(), found, "{key} in {conversation} of shard {place}");
+    }
     // Another shard has none of it.
     assert_eq!(a.store.since(shard + 1000, 0, 10).await.unwrap(), []);
     assert_eq!(a.take(&a.row(shard, 1)).await, Tail { shard, epoch: 2, head_pos: 3, watermark: 0, hole: false });
@@ -1096,7 +1105,10 @@ async fn cut_off_commits(party: &Party, behind: &Arc<dyn Store>, proxy: &Proxy) 
     proxy.set(Mode::Mute);
     let commit = party.store.commit(&party.me, vec![batch(1, 2)]);
     let cut = async {
-        until("the commit is stored", async || behind.heads(1, vec!["g/x".into()]).await.unwrap()[0].0 == 2).await;
+        until("the commit is stored", async || {
+            behind.find(1, "g/x".into(), Bytes::from_static(b"k2")).await.unwrap().is_some()
+        })
+        .await;
         proxy.cut();
     };
     let (outcome, ()) = tokio::join!(commit, cut);

@@ -30,6 +30,8 @@ pub enum StoreCall {
     LoadConversation { shard: u32, conversation: Arc<str> },
     /// All that is kept of a user.
     LoadUser { shard: u32, user: Arc<str> },
+    /// What was stored under a key.
+    Find { shard: u32, conversation: Arc<str>, key: Bytes },
     /// A part of a conversation's log.
     Range(LogRange),
     /// A part of a shard's log.
@@ -47,6 +49,7 @@ pub enum StoreAnswer {
     Commit(Vec<Outcome>),
     LoadConversation(ConversationRows),
     LoadUser(UserRows),
+    Find(Option<LogEntry>),
     Range(Vec<LogEntry>),
     Since(Vec<LogEntry>),
 }
@@ -116,6 +119,7 @@ pub async fn execute(store: &dyn Store, me: &MemberId, call: StoreCall) -> Resul
         StoreCall::Release(shards) => StoreAnswer::Release(store.release(me, shards).await?),
         StoreCall::Check(shards) => StoreAnswer::Check(store.check(me, shards).await?),
         StoreCall::Commit(batches) => StoreAnswer::Commit(store.commit(me, batches).await?),
+        StoreCall::Find { shard, conversation, key } => StoreAnswer::Find(store.find(shard, conversation, key).await?),
         StoreCall::Range(range) => StoreAnswer::Range(store.range(range).await?),
         StoreCall::Since { shard, after_pos, limit } => StoreAnswer::Since(store.since(shard, after_pos, limit).await?),
         StoreCall::LoadConversation { shard, conversation } => {

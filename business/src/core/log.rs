@@ -548,30 +548,16 @@ impl OwnedShard {
         env.reply(fetch.to, Answer::Fetched(Fetched { entries, next, head: fetch.head }));
     }
 
-    /// Looks for a message that may have been stored while its sender was a member, among the latest.
+    /// Looks for a message that may have been stored while its sender was a member.
     fn look_for(&mut self, env: &mut Env, to: ReplyTo, conversation: Arc<str>, key: Bytes) {
         let (shard, epoch) = (self.number, self.epoch);
-        let range = LogRange {
-            shard,
-            conversation,
-            from: 0,
-            limit: FETCH_ENTRIES_MAX,
-            max_bytes: FETCH_BYTES_MAX,
-            backward: true,
-        };
-        env.call(StoreCall::Range(range), Context::Find { shard, epoch, to, key });
+        env.call(StoreCall::Find { shard, conversation, key }, Context::Find { shard, epoch, to });
     }
 
-    pub(super) fn looked_for(
-        &mut self,
-        env: &mut Env,
-        to: ReplyTo,
-        key: &Bytes,
-        answer: Result<StoreAnswer, StoreError>,
-    ) {
+    pub(super) fn looked_for(&mut self, env: &mut Env, to: ReplyTo, answer: Result<StoreAnswer, StoreError>) {
         // Without an answer of the store none is given: better than a wrong one. The sender's patience ends after 10 s.
-        let Ok(StoreAnswer::Range(rows)) = answer else { return };
-        match rows.into_iter().find(|row| row.key == *key) {
+        let Ok(StoreAnswer::Find(found)) = answer else { return };
+        match found {
             Some(found) => env.reply(to, Answer::Stored(Stored { seq: found.seq, ts_ms: found.ts_ms })),
             None => self.refuse_in_turn(env, to, Refusal::NotAMember, NOT_A_MEMBER),
         }

@@ -233,7 +233,7 @@ enum Context {
     LoadConversation { shard: u32, epoch: u64, conversation: Arc<str> },
     LoadUser { shard: u32, epoch: u64, user: Arc<str> },
     Range { shard: u32, epoch: u64, fetch: log::PendingFetch },
-    Find { shard: u32, epoch: u64, to: ReplyTo, key: bytes::Bytes },
+    Find { shard: u32, epoch: u64, to: ReplyTo },
     Since { shard: u32, epoch: u64 },
 }
 
@@ -614,9 +614,9 @@ impl Core {
                     owned.range_read(&mut self.env, fetch, answer);
                 }
             }
-            (Context::Find { shard, epoch, to, key }, answer) => {
+            (Context::Find { shard, epoch, to }, answer) => {
                 if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
-                    owned.looked_for(&mut self.env, to, &key, answer);
+                    owned.looked_for(&mut self.env, to, answer);
                 }
             }
             (Context::Since { shard, epoch }, answer) => {

@@ -150,16 +150,10 @@ impl Memory {
         batches.into_iter().zip(malformed).map(&mut commit).collect()
     }
 
-    /// See [`Store::heads`].
-    pub fn heads(&self, shard: u32, conversations: &[Arc<str>]) -> Vec<(u64, i64)> {
-        let shard = self.shards.get(&shard);
-        let head = |conversation: &Arc<str>| {
-            let shard = shard?;
-            let places = (conversation.clone(), 0)..=(conversation.clone(), u64::MAX);
-            let ((_, seq), pos) = shard.pos_by_seq.range(places).next_back()?;
-            Some((*seq, shard.log.get(pos)?.ts_ms))
-        };
-        conversations.iter().map(|conversation| head(conversation).unwrap_or_default()).collect()
+    /// See [`Store::find`].
+    pub fn find(&self, shard: u32, conversation: Arc<str>, key: Bytes) -> Option<LogEntry> {
+        let shard = self.shards.get(&shard)?;
+        shard.log.get(shard.pos_by_key.get(&(conversation, key))?).cloned()
     }
 
     /// See [`Store::range`].
@@ -260,8 +254,8 @@ impl Store for MemoryStore {
     fn commit(&self, me: &MemberId, batches: Vec<ShardBatch>) -> Answer<'_, Vec<Outcome>> {
         now(self.0.lock().commit(me, batches))
     }
-    fn heads(&self, shard: u32, conversations: Vec<Arc<str>>) -> Answer<'_, Vec<(u64, i64)>> {
-        now(self.0.lock().heads(shard, &conversations))
+    fn find(&self, shard: u32, conversation: Arc<str>, key: Bytes) -> Answer<'_, Option<LogEntry>> {
+        now(self.0.lock().find(shard, conversation, key))
     }
     fn range(&self, range: LogRange) -> Answer<'_, Vec<LogEntry>> {
         now(self.0.lock().range(&range))

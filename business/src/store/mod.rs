@@ -262,8 +262,8 @@ pub trait Store: Send + Sync + 'static {
     /// Stores batches with one fsync, each of them all or nothing by itself. The caller has at most one commit open for a shard.
     fn commit(&self, me: &MemberId, batches: Vec<ShardBatch>) -> Answer<'_, Vec<Outcome>>;
 
-    /// The last (seq, ts_ms) of each conversation, (0, 0) when it is empty.
-    fn heads(&self, shard: u32, conversations: Vec<Arc<str>>) -> Answer<'_, Vec<(u64, i64)>>;
+    /// The entry that was stored under a key, however long ago.
+    fn find(&self, shard: u32, conversation: Arc<str>, key: Bytes) -> Answer<'_, Option<LogEntry>>;
 
     /// A part of a conversation's log.
     fn range(&self, range: LogRange) -> Answer<'_, Vec<LogEntry>>;

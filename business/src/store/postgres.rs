@@ -461,17 +461,11 @@ impl Store for Postgres {
         Box::pin(async move { self.commit_all(&me, &batches).await })
     }
 
-    fn heads(&self, shard: u32, conversations: Vec<Arc<str>>) -> Answer<'_, Vec<(u64, i64)>> {
+    fn find(&self, shard: u32, conversation: Arc<str>, key: Bytes) -> Answer<'_, Option<LogEntry>> {
         Box::pin(async move {
-            let names: Vec<&str> = conversations.iter().map(|c| &**c).collect();
-            let rows = self.query(
-                "SELECT coalesce(h.seq, 0), coalesce(h.ts_ms, 0) FROM unnest($2::text[]) WITH ORDINALITY AS w (conversation, ord)
-                 LEFT JOIN LATERAL (SELECT seq, ts_ms FROM log WHERE log.shard = $1 AND log.conversation = w.conversation
-                                    ORDER BY seq DESC LIMIT 1) AS h ON true
-                 ORDER BY w.ord",
-                &[&(shard as i32), &names],
-            ).await?;
-            rows.iter().map(|row| Ok((read::<i64>(row, 0)? as u64, read(row, 1)?))).collect()
+            let sql = format!("SELECT {ENTRY} FROM log WHERE shard = $1 AND conversation = $2 AND key = $3");
+            let rows = self.query(&sql, &[&(shard as i32), &&*conversation, &&key[..]]).await?;
+            rows.first().map(|row| entry(row, 0)).transpose()
         })
     }
 

@@ -157,11 +157,9 @@ impl Store for Remote {
         call!(self.commit(request), CALL_TIMEOUT, |reply: pb::CommitReply| all(reply.outcomes, wire::outcome))
     }
 
-    fn heads(&self, shard: u32, conversations: Vec<Arc<str>>) -> Answer<'_, Vec<(u64, i64)>> {
-        let conversations = conversations.iter().map(|c| c.to_string()).collect();
-        let request = pb::HeadsRequest { shard, conversations };
-        let heads = |reply: pb::HeadsReply| Ok(reply.heads.into_iter().map(|head| (head.seq, head.ts_ms)).collect());
-        call!(self.heads(request), CALL_TIMEOUT, heads)
+    fn find(&self, shard: u32, conversation: Arc<str>, key: Bytes) -> Answer<'_, Option<LogEntry>> {
+        let request = pb::FindRequest { shard, conversation: conversation.to_string(), key };
+        call!(self.find(request), CALL_TIMEOUT, |reply: pb::FindReply| reply.entry.map(wire::entry).transpose())
     }
 
     fn range(&self, range: LogRange) -> Answer<'_, Vec<LogEntry>> {

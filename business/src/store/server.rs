@@ -123,12 +123,10 @@ impl pb::store_server::Store for Service {
         Ok(Response::new(pb::CommitReply { outcomes: outcomes.into_iter().map(wire::outcome_to).collect() }))
     }
 
-    async fn heads(&self, request: Request<pb::HeadsRequest>) -> Reply<pb::HeadsReply> {
-        let request = request.into_inner();
-        let conversations = request.conversations.into_iter().map(Arc::from).collect();
-        let heads = self.0.heads(request.shard, conversations).await.map_err(status)?;
-        let heads = heads.into_iter().map(|(seq, ts_ms)| pb::heads_reply::Head { seq, ts_ms }).collect();
-        Ok(Response::new(pb::HeadsReply { heads }))
+    async fn find(&self, request: Request<pb::FindRequest>) -> Reply<pb::FindReply> {
+        let pb::FindRequest { shard, conversation, key } = request.into_inner();
+        let entry = self.0.find(shard, conversation.into(), key).await.map_err(status)?;
+        Ok(Response::new(pb::FindReply { entry: entry.map(wire::entry_to) }))
     }
 
     async fn range(&self, request: Request<pb::RangeRequest>) -> Reply<pb::Entries> {

@@ -95,6 +95,19 @@ fn int(number: u64) -> i64 {
 // The store: hands requests to the threads
 // ---------------------------------------------------------------------------------------------------------------------------------
 
+/// Ends the process when the thread that holds it panics: a store without its writer would refuse everything for good, one that starts
+/// anew serves again.
+struct EndOnPanic;
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            tracing::error!("a thread of the store panicked: ending, to start anew from what is durable");
+            std::process::abort();
+        }
+    }
+}
+
 /// A SQLite file, owned by this process until it is dropped.
 #[derive(Debug)]
 pub struct Sqlite {
@@ -124,6 +137,10 @@ impl Sqlite {
         let jobs = Arc::new(Mutex::new(jobs));
         let (wake, woken) = sync_channel(1);
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
+            let run = move || {
+                let _guard = EndOnPanic;
+                run();
+            };
             thread::Builder::new().name(name.to_owned()).spawn(run).map_err(|e| failed(&e))
         };
         for _ in 0..READERS {
@@ -172,10 +189,9 @@ impl Drop for Sqlite {
     /// Waits for the transaction under way, so that the file is free afterwards.
     fn drop(&mut self) {
         self.writes = None;
-        if let Some(writer) = self.writer.take()
-            && writer.join().is_err()
-        {
-            tracing::error!("the store's writer had panicked");
+        if let Some(writer) = self.writer.take() {
+            // A writer that panicked has ended the process.
+            let _ = writer.join();
         }
     }
 }
@@ -222,17 +238,12 @@ impl Store for Sqlite {
         Box::pin(self.write(|reply| Write::Commit(Pending::new((me, batches), reply))))
     }
 
-    fn heads(&self, shard: u32, conversations: Vec<Arc<str>>) -> Answer<'_, Vec<(u64, i64)>> {
+    fn find(&self, shard: u32, conversation: Arc<str>, key: Bytes) -> Answer<'_, Option<LogEntry>> {
         Box::pin(self.read(move |c| {
-            let mut select = c.prepare_cached(
-                "SELECT seq, ts_ms FROM log WHERE shard = ?1 AND conversation = ?2 ORDER BY seq DESC LIMIT 1",
-            )?;
-            let mut head = |conversation: &Arc<str>| {
-                let head = select
-                    .query_row(params![shard, conversation], |row| Ok((row.get::<_, i64>(0)? as u64, row.get(1)?)));
-                Ok(head.optional()?.unwrap_or_default())
-            };
-            conversations.iter().map(&mut head).collect()
+            let mut select = c.prepare_cached(&format!(
+                "SELECT {ENTRY} FROM log WHERE shard = ?1 AND conversation = ?2 AND key = ?3"
+            ))?;
+            select.query_row(params![shard, conversation, &key[..]], entry).optional()
         }))
     }
 
@@ -325,6 +336,9 @@ enum Write {
     Release(Pending<(MemberId, Vec<Held>), Vec<Released>>),
     Commit(Pending<(MemberId, Vec<ShardBatch>), Vec<Outcome>>),
     PagesMax(Pending<u32, ()>),
+    /// For tests of what a fault does to the process.
+    #[cfg(test)]
+    Fault(Pending<tests::Fault, ()>),
 }
 
 impl Write {
@@ -335,6 +349,8 @@ impl Write {
             Self::Release(pending) => pending.question.1.len(),
             Self::Commit(pending) => pending.question.1.iter().map(|b| b.appends.len() + b.puts.len() + 1).sum(),
             Self::PagesMax(_) => 1,
+            #[cfg(test)]
+            Self::Fault(_) => 1,
         }
     }
 
@@ -358,6 +374,8 @@ impl Write {
                 connection.pragma_update_and_check(None, "max_page_count", *pages, |_| Ok(()))?;
                 *answer = Some(());
             }
+            #[cfg(test)]
+            Self::Fault(pending) => pending.question.happen()?,
         }
         Ok(())
     }
@@ -368,6 +386,8 @@ impl Write {
             Self::Release(pending) => pending.finish(committed),
             Self::Commit(pending) => pending.finish(committed),
             Self::PagesMax(pending) => pending.finish(committed),
+            #[cfg(test)]
+            Self::Fault(pending) => pending.finish(committed),
         }
     }
 }
@@ -727,4 +747,74 @@ fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
     let version = (MIGRATIONS.len() as u32).max(done.unwrap_or(0));
     transaction.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?1)", [version])?;
     transaction.commit()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::expect_used, reason = "a test's own expectations")]
+
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use super::*;
+
+    /// What goes wrong in the writer's thread.
+    #[derive(Debug, Clone, Copy)]
+    pub(super) enum Fault {
+        /// SQLite reports this extended error code.
+        Error(i32),
+        Panic,
+    }
+
+    impl Fault {
+        pub(super) fn happen(self) -> rusqlite::Result<()> {
+            match self {
+                Self::Error(code) => Err(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)),
+                Self::Panic => panic!("a fault of the test"),
+            }
+        }
+    }
+
+    /// Name the fault and an empty directory to the child process.
+    const FAULT: &str = "IM_TEST_STORE_FAULT";
+    const DIRECTORY: &str = "IM_TEST_STORE_DIRECTORY";
+    /// The child's status when it outlived the fault, with the store refusing just that write.
+    const REFUSED: i32 = 7;
+
+    /// The process that has the fault; without one, an empty test.
+    #[test]
+    fn child_with_a_fault() {
+        let Ok(fault) = std::env::var(FAULT) else { return };
+        let fault = if fault == "panic" { Fault::Panic } else { Fault::Error(fault.parse().expect("a code")) };
+        let path = Path::new(&std::env::var_os(DIRECTORY).expect("a directory")).join("store.db");
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let refused = runtime.block_on(async {
+            let store = Sqlite::open(&path).expect("a fresh file");
+            let answer = store.write(|reply| Write::Fault(Pending::new(fault, reply))).await;
+            matches!(answer, Err(StoreError::Refused { .. })) && store.shards().await.is_ok()
+        });
+        std::process::exit(if refused { REFUSED } else { 1 });
+    }
+
+    fn status_after(fault: &str) -> std::process::ExitStatus {
+        let directory = std::env::temp_dir().join(format!("im-store-fault-{}-{fault}", std::process::id()));
+        std::fs::create_dir_all(&directory).expect("a writable temporary directory");
+        let mut child = Command::new(std::env::current_exe().expect("this test"));
+        child.args(["--exact", "store::sqlite::tests::child_with_a_fault"]);
+        let ended = child.env(FAULT, fault).env(DIRECTORY, &directory).output().expect("it starts");
+        std::fs::remove_dir_all(&directory).expect("the child is gone");
+        ended.status
+    }
+
+    #[test]
+    fn who_cannot_know_what_is_on_the_disk_ends_his_process() {
+        const SIGABRT: i32 = 6;
+        for code in [ffi::SQLITE_IOERR_FSYNC, ffi::SQLITE_IOERR_DIR_FSYNC] {
+            assert_eq!(status_after(&code.to_string()).signal(), Some(SIGABRT), "code {code}");
+        }
+        assert_eq!(status_after("panic").signal(), Some(SIGABRT), "a dead writer");
+        for code in [ffi::SQLITE_FULL, ffi::SQLITE_IOERR_WRITE, ffi::SQLITE_BUSY] {
+            assert_eq!(status_after(&code.to_string()).code(), Some(REFUSED), "code {code}");
+        }
+    }
 }
