@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
@@ -52,6 +53,8 @@ pub struct Metrics {
     pub room_dropped: Counter,
     /// Messages passed over because the client can't take their size.
     pub too_large_for_client: Counter,
+    /// Deliveries that wait because so many bytes wait already for a client that reads slowly.
+    pub send_buffer_full: Counter,
     /// Handshakes that were too slow.
     pub slow_handshakes: Counter,
     /// Times that a client's reading was paused for sending too fast.
@@ -63,7 +66,7 @@ pub struct Metrics {
 #[derive(Debug, Default)]
 struct Averages {
     /// Per second: messages so far, CPU ticks so far.
-    samples: VecDeque<(u64, u64)>,
+    samples: VecDeque<(u64, Duration)>,
 }
 
 impl Metrics {
@@ -88,6 +91,7 @@ impl Metrics {
             ("unknown_puback", "Acknowledgements that nobody waited for", &metrics.unknown_puback),
             ("room_dropped", "Room messages lost by slow viewers", &metrics.room_dropped),
             ("too_large_for_client", "Messages over a client's maximum packet size", &metrics.too_large_for_client),
+            ("send_buffer_full", "Deliveries put off because a client reads slowly", &metrics.send_buffer_full),
             ("slow_handshakes", "Handshakes that were too slow", &metrics.slow_handshakes),
             ("throttled", "Pauses of clients that send too fast", &metrics.throttled),
             ("announced", "Announcements of sessions to owners", &metrics.announced),
@@ -108,17 +112,17 @@ impl Metrics {
         self.refused.get_or_create(&ReasonLabel { reason: reason.name() }).get()
     }
 
-    /// Takes a sample for the averages; to be called once a second. `cpu_ticks` is the process's CPU time so far, in 1/100 s.
-    pub fn sample(&self, cpu_ticks: u64) {
+    /// Takes a sample for the averages; to be called once a second. `cpu` is the process's CPU time so far.
+    pub fn sample(&self, cpu: Duration) {
         let mut averages = self.averages.lock();
-        averages.samples.push_back((self.accepted.get() + self.delivered.get(), cpu_ticks));
+        averages.samples.push_back((self.accepted.get() + self.delivered.get(), cpu));
         if averages.samples.len() > WINDOW_S + 1 {
             averages.samples.pop_front();
         }
         if let (Some(first), Some(last)) = (averages.samples.front(), averages.samples.back()) {
             let seconds = (averages.samples.len() - 1).max(1) as f64;
             self.messages_per_second.set((last.0 - first.0) as f64 / seconds);
-            self.cpu_cores.set(last.1.saturating_sub(first.1) as f64 / 100.0 / seconds);
+            self.cpu_cores.set(last.1.saturating_sub(first.1).as_secs_f64() / seconds);
         }
     }
 
@@ -129,15 +133,6 @@ impl Metrics {
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
         text
     }
-}
-
-/// CPU time of this process so far, in 1/100 s (the kernel's USER_HZ); 0 where there is no /proc.
-pub fn cpu_ticks() -> u64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // The command in parentheses may hold spaces; utime and stime are the 12th and 13th fields after it.
-    let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().skip(11);
-    let mut next = || fields.next().and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
-    next() + next()
 }
 
 /// Milliseconds since the process's start of time; monotonic.
@@ -165,7 +160,7 @@ mod tests {
     fn averages_are_over_ten_seconds() {
         let metrics = Metrics::new();
         for second in 0..30 {
-            metrics.sample(second * 50);
+            metrics.sample(Duration::from_millis(second * 500));
             metrics.accepted.inc_by(100);
         }
         assert!((metrics.messages_per_second.get() - 100.0).abs() < 1e-9);

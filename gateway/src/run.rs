@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use im_proto::ids::{IdError, MemberId};
+use im_proto::process::cpu_time;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::auth::{Auth, AuthError};
@@ -13,7 +14,7 @@ use crate::http::{self, Api};
 use crate::hub::Hub;
 use crate::listen::{self, Gateway, ListenError, Wrap};
 use crate::member::Member;
-use crate::metrics::{Metrics, cpu_ticks};
+use crate::metrics::Metrics;
 use crate::session::Shared;
 
 /// Why a gateway does not start.
@@ -83,6 +84,6 @@ async fn keep_time(hub: Arc<Hub>) {
     loop {
         ticks.tick().await;
         hub.tick();
-        hub.shared.metrics.sample(cpu_ticks());
+        hub.shared.metrics.sample(cpu_time());
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod ids;
 pub mod links;
+pub mod process;
 pub mod router;
 pub mod topic;
 
