@@ -18,3 +18,5 @@ pub use planner::{Approved, Committed, Move, Plan, PlanError, PlanInput, PlanMem
 
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod steady;

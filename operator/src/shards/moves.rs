@@ -238,6 +238,11 @@ pub struct Coordinator {
 
 /// What a shard costs without traffic, in messages per second: it keeps the number of shards level when there is no load.
 pub const IDLE_LOAD: f64 = 0.1;
+/// Members report averages that decay with a time constant of 10 s, which scatter like counts over 20 s; but a message
+/// counts about twice in its shard, when it is stored and when it is with its recipients, which halves that.
+const LOAD_WINDOW: Duration = Duration::from_secs(10);
+/// An owner's average begins at nothing: for that long after a move the last owner's counts if it is higher.
+const LOAD_SETTLES: Duration = Duration::from_secs(30);
 
 impl Coordinator {
     /// A new leader, with the map that was last stored and a term above the one in it. It only listens until
@@ -308,7 +313,8 @@ impl Coordinator {
                 self.heartbeat(now, &member, &held, store_ok, &mut actions);
                 for (shard, load) in loads {
                     if let Some(slot) = self.slots.get_mut(shard as usize) {
-                        slot.load = load;
+                        let settled = slot.moved_at.is_none_or(|at| now.saturating_sub(at) >= LOAD_SETTLES);
+                        slot.load = if settled { load } else { slot.load.max(load) };
                     }
                 }
                 if term > self.version().term {
@@ -636,7 +642,8 @@ impl Coordinator {
             }
             match from {
                 None => self.acquire(now, shard, to, actions),
-                Some(from) if from != to && !self.is_lost(now, shard) => {
+                // A store that refuses the owner's writes would refuse its release, too, and after it perhaps the acquire.
+                Some(from) if from != to && !self.is_lost(now, shard) && self.is_usable(now, &from) => {
                     self.enter(shard, Step::Releasing { to: to.clone(), since: now });
                     actions.push(Action::Prepare { to: to.clone(), shard, from: from.clone(), epoch });
                     actions.push(Action::Release { by: from, shard, epoch, to });
@@ -670,6 +677,7 @@ impl Coordinator {
             moves_max: self.rebalance.moves_per_round as usize,
             tolerance: self.rebalance.tolerance,
             idle_load: self.idle_load,
+            load_window: LOAD_WINDOW,
         })
     }
 
@@ -991,6 +999,50 @@ mod tests {
         }
         assert_eq!(scene.beat(&a, vec![(0, 5)], false), []);
         assert_eq!(scene.beat(&b, vec![(1, 5)], false), []);
+    }
+
+    #[test]
+    fn nothing_is_moved_by_plan_while_the_store_refuses_its_owner_or_its_target() {
+        for refused in [vec![0], vec![1], vec![0, 1]] {
+            let mut scene = Scene::new(2, &["a", "b"]);
+            let b = scene.members[1].clone();
+            for member in &refused {
+                let member = scene.members[*member].clone();
+                // Not by a heartbeat, which would hand the shards of one who is cut off alone to the other.
+                scene.coordinator.members.get_mut(&member).expect("it joined").store_ok = false;
+            }
+            let begun = scene.run(&[(0, &b)]);
+            assert!(!begun.iter().any(|action| matches!(action, Action::Release { .. })), "{refused:?}: {begun:?}");
+            let moving = scene.coordinator.snapshot(scene.now).moving;
+            assert!(moving.iter().all(|moving| moving.phase != Phase::Releasing), "{refused:?}: {moving:?}");
+        }
+        // Nor is a plan made that empties somebody into a store that takes nothing.
+        let mut scene = Scene::new(2, &["a", "b"]);
+        for member in scene.members.clone() {
+            scene.coordinator.members.get_mut(&member).expect("it joined").store_ok = false;
+            scene.tell(Event::Leaving { member, leaving: true });
+        }
+        let input = scene.coordinator.plan_input(scene.now).expect("nothing is under way");
+        assert_eq!(plan(&input).moves(), []);
+    }
+
+    #[test]
+    fn a_new_owners_average_counts_when_it_has_settled() {
+        let mut scene = Scene::new(2, &["a", "b"]);
+        let [a, b] = [scene.members[0].clone(), scene.members[1].clone()];
+        let report = |scene: &mut Scene, member: &MemberId, load: f64| {
+            let (held, loads) = (scene.held(member), vec![(0, load)]);
+            scene.tell(Event::Heartbeat { member: member.clone(), held, loads, store_ok: true, term: 0 });
+            scene.coordinator.slots[0].load
+        };
+        assert_eq!(report(&mut scene, &a, 50.0), 50.0);
+        scene.run(&[(0, &b)]);
+        scene.tell(Event::Released { shard: 0, epoch: 5, by: a });
+        scene.acquired(0, 6, &b);
+        assert_eq!(report(&mut scene, &b, 3.0), 50.0, "not measured yet");
+        assert_eq!(report(&mut scene, &b, 80.0), 80.0, "more is more");
+        scene.pass(30_000, &[]);
+        assert_eq!(report(&mut scene, &b, 40.0), 40.0);
     }
 
     #[test]
