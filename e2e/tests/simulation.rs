@@ -1506,6 +1506,7 @@ fn shared(boot: u64) -> Arc<Shared> {
         keep_alive_s_max: 1_200,
         session_expiry_s_max: 86_400,
         catch_up: 1_000,
+        send_buffer_bytes: 1 << 18,
     };
     Shared::new(boot, limits, Metrics::default())
 }

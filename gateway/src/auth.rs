@@ -375,6 +375,57 @@ mod tests {
         std::fs::remove_file(path).expect("it was there");
     }
 
+    /// Keys of this test alone (`openssl genrsa`, `openssl genpkey -algorithm ed25519`).
+    const RSA: (&str, &str) = (include_str!("../tests/keys/rsa.pem"), include_str!("../tests/keys/rsa.pub.pem"));
+    const ED25519: (&str, &str) =
+        (include_str!("../tests/keys/ed25519.pem"), include_str!("../tests/keys/ed25519.pub.pem"));
+
+    #[test]
+    fn public_keys_prove_rs256_and_eddsa_from_pem_and_from_a_key_set() {
+        let rsa = EncodingKey::from_rsa_pem(RSA.0.as_bytes()).expect("an RSA key");
+        let ed25519 = EncodingKey::from_ed_pem(ED25519.0.as_bytes()).expect("an Ed25519 key");
+        let ec = rcgen::KeyPair::generate().expect("a P-256 key");
+        let es256 = EncodingKey::from_ec_pem(ec.serialize_pem().as_bytes()).expect("a P-256 key");
+        let signers = [(Algorithm::RS256, &rsa), (Algorithm::EdDSA, &ed25519), (Algorithm::ES256, &es256)];
+        let claims = json!({ "sub": "alice", "exp": now_s() + 60, "aud": "im", "iss": "idp" });
+        let sign = |algorithm, id: Option<&str>, key: &EncodingKey| {
+            let header = Header { kid: id.map(str::to_owned), ..Header::new(algorithm) };
+            encode(&header, &claims, key).expect("a token")
+        };
+
+        let path = file("public", &format!("{}{}{}", RSA.1, ED25519.1, ec.public_key_pem()));
+        let pem = jwt(Some(&path), None);
+        let jwk = |(algorithm, key): &(Algorithm, &EncodingKey)| {
+            let mut jwk = jsonwebtoken::jwk::Jwk::from_encoding_key(key, *algorithm).expect("a public key");
+            jwk.common.key_id = Some(format!("{algorithm:?}"));
+            jwk
+        };
+        let set = JwkSet { keys: signers.iter().map(jwk).collect() };
+        let set_path = file("public-set", &serde_json::to_string(&set).expect("JSON"));
+        let key_set = jwt(None, Some(&set_path));
+        for (algorithm, key) in signers {
+            let plain = sign(algorithm, None, key);
+            for (what, auth) in [("PEM", &pem), ("key set", &key_set)] {
+                assert!(auth.connect("alice", Some(plain.as_bytes()), 0).is_ok(), "{algorithm:?} by {what}");
+                let (signed, signature) = plain.rsplit_once('.').expect("three parts");
+                let flipped = if signature.starts_with('A') { "B" } else { "A" };
+                let forged = format!("{signed}.{flipped}{}", &signature[1..]);
+                let refused = auth.connect("alice", Some(forged.as_bytes()), 0).expect_err("a forged signature");
+                assert_eq!(refused.reason, Reason::BadCredentials, "{algorithm:?} by {what}");
+            }
+            let named = sign(algorithm, Some(&format!("{algorithm:?}")), key);
+            assert!(key_set.connect("alice", Some(named.as_bytes()), 0).is_ok(), "{algorithm:?} by its kid");
+            let misnamed = sign(algorithm, Some("another"), key);
+            assert!(key_set.connect("alice", Some(misnamed.as_bytes()), 0).is_err(), "{algorithm:?} by another kid");
+        }
+        // A public key is no secret: used as one for HS256 it proves nothing.
+        let confused = token(Algorithm::HS256, RSA.1.trim(), &claims);
+        assert!(pem.connect("alice", Some(confused.as_bytes()), 0).is_err());
+        for path in [path, set_path] {
+            std::fs::remove_file(path).expect("it was there");
+        }
+    }
+
     #[test]
     fn a_changed_key_set_is_read_again_and_a_broken_one_is_not() {
         let set = |secret: &str| {

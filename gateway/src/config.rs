@@ -150,6 +150,10 @@ pub struct Limits {
     pub session_expiry_max_seconds: u32,
     /// Packets a second that are read from one connection.
     pub message_rate: u32,
+    /// Bytes that may wait for one client that reads slowly.
+    pub send_buffer_bytes: u32,
+    /// The largest payload taken over HTTP, bytes; what comes over MQTT the owners hold to the same.
+    pub max_payload: u32,
 }
 
 impl Default for Limits {
@@ -164,6 +168,8 @@ impl Default for Limits {
             keep_alive_max_seconds: 1_200,
             session_expiry_max_seconds: 2_592_000,
             message_rate: 1_000,
+            send_buffer_bytes: 1 << 20,
+            max_payload: 65_536,
         }
     }
 }
@@ -224,6 +230,9 @@ impl Config {
         if !(256..=16 << 20).contains(&limits.max_packet_size) {
             return invalid("limits.maxPacketSize: use 256 to 16777216 bytes");
         }
+        if !(4_096..=64 << 20).contains(&limits.send_buffer_bytes) {
+            return invalid("limits.sendBufferBytes: use 4096 to 67108864 bytes");
+        }
         Ok(())
     }
 
@@ -235,6 +244,7 @@ impl Config {
             keep_alive_s_max: self.limits.keep_alive_max_seconds,
             session_expiry_s_max: self.limits.session_expiry_max_seconds,
             catch_up: self.messages.catch_up,
+            send_buffer_bytes: self.limits.send_buffer_bytes as usize,
         }
     }
 }

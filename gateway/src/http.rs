@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{OpenApi, ToSchema};
 
 use crate::hub::{AskError, Hub};
-use crate::listen::{Gateway, ListenError, bind_shared};
+use crate::listen::{Gateway, ListenError, SharedListener, bind_shared};
 
 const PROBLEM_JSON: &str = "application/problem+json";
 /// Of an error text that the framework wrote.
@@ -57,10 +57,15 @@ type Shared = State<Arc<Api>>;
 /// # Errors
 /// [`ListenError::Bind`].
 pub fn spawn_admin(api: &Arc<Api>, address: SocketAddr) -> Result<SocketAddr, ListenError> {
-    serve(health(), api, address)
+    let failed = |error| ListenError::Bind { address, error };
+    let listener = bind_shared(address)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    serve(health(), api, tokio::net::TcpListener::from_std(listener).map_err(failed)?);
+    Ok(bound)
 }
 
-/// Serves the JSON API (and health and metrics) on the port that all gateways of a machine share.
+/// Serves the JSON API (and health and metrics) on the port that all gateways of a machine share. While the gateway drains it takes no new
+/// connections there; requests over those that are open are answered, with `connection: close`.
 ///
 /// # Errors
 /// [`ListenError::Bind`].
@@ -79,8 +84,12 @@ pub fn spawn_public(api: &Arc<Api>, address: SocketAddr) -> Result<SocketAddr, L
         .route("/v1/users/{user}/kick", post(kick))
         .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "no such path: see /openapi.json") })
         .layer(axum::middleware::map_response(as_problem))
-        .merge(health());
-    serve(routes, api, address)
+        .merge(health())
+        .layer(axum::middleware::map_response_with_state(api.clone(), close_while_draining));
+    let listener = SharedListener::bind(&api.gateway, address)?;
+    let bound = listener.address();
+    serve(routes, api, listener);
+    Ok(bound)
 }
 
 fn health() -> Router<Arc<Api>> {
@@ -101,18 +110,26 @@ async fn ready(State(api): Shared) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, why).into_response()
 }
 
-fn serve(routes: Router<Arc<Api>>, api: &Arc<Api>, address: SocketAddr) -> Result<SocketAddr, ListenError> {
-    let failed = |error| ListenError::Bind { address, error };
-    let listener = bind_shared(address)?;
-    let bound = listener.local_addr().map_err(failed)?;
-    let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
+/// Serves `routes` on every connection that `listener` accepts, for ever.
+fn serve<L>(routes: Router<Arc<Api>>, api: &Arc<Api>, listener: L)
+where
+    L: axum::serve::Listener<Addr = SocketAddr>,
+{
     let routes = routes.with_state(api.clone());
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, routes).await {
             tracing::error!(%error, "HTTP");
         }
     });
-    Ok(bound)
+}
+
+/// A gateway that drains answers what still comes over its open connections, and asks each client to dial anew: it then reaches another
+/// gateway, because this one has given the shared port up.
+async fn close_while_draining(State(api): Shared, mut response: Response) -> Response {
+    if !api.gateway.is_serving() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 // ---- problems ---------------------------------------------------------------------------------------------------------
@@ -381,16 +398,6 @@ async fn change_group(
     let change = GroupChange { conversation: conversation.clone(), actor: caller.actor(), key: random_key(), ..change };
     match api.hub().ask(&conversation, body::Body::GroupChange(change)).await? {
         Outcome::Group(group) => Ok(Json(group.into())),
-        // Changed, but not told how it looks now.
-        Outcome::Done(_) | Outcome::Stored(_) => read_group(api, conversation, caller).await,
-        outcome => Err(problem_of(outcome)),
-    }
-}
-
-async fn read_group(api: &Api, conversation: String, caller: &Caller) -> Result<Json<GroupView>, Problem> {
-    let question = GroupGet { conversation: conversation.clone(), actor: caller.actor() };
-    match api.hub().ask(&conversation, body::Body::GroupGet(question)).await? {
-        Outcome::Group(group) => Ok(Json(group.into())),
         outcome => Err(problem_of(outcome)),
     }
 }
@@ -410,7 +417,12 @@ async fn create_group(
 /// A group and its members.
 #[utoipa::path(get, path = "/v1/groups/{group}", responses((status = 200, body = GroupView)), params(("group" = String, Path)))]
 async fn get_group(State(api): Shared, caller: Caller, Path(group): Path<String>) -> Result<Json<GroupView>, Problem> {
-    read_group(&api, ids::group_conversation(&name(group)?), &caller).await
+    let conversation = ids::group_conversation(&name(group)?);
+    let question = GroupGet { conversation: conversation.clone(), actor: caller.actor() };
+    match api.hub().ask(&conversation, body::Body::GroupGet(question)).await? {
+        Outcome::Group(group) => Ok(Json(group.into())),
+        outcome => Err(problem_of(outcome)),
+    }
 }
 
 /// Adds, removes, gives roles.
@@ -451,7 +463,7 @@ async fn remove_member(
         ..GroupChange::default()
     };
     match api.hub().ask(&conversation, body::Body::GroupChange(change)).await? {
-        Outcome::Group(_) | Outcome::Done(_) | Outcome::Stored(_) => Ok(StatusCode::NO_CONTENT),
+        Outcome::Group(_) => Ok(StatusCode::NO_CONTENT),
         outcome => Err(problem_of(outcome)),
     }
 }
@@ -483,9 +495,8 @@ struct NewMessage {
 /// Where a message was stored.
 #[derive(Serialize, ToSchema)]
 struct StoredView {
-    /// Absent if the owner does not say.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    seq: Option<u64>,
+    seq: u64,
+    /// Unix milliseconds; absent for a system message.
     #[serde(skip_serializing_if = "Option::is_none")]
     ts: Option<i64>,
 }
@@ -498,8 +509,10 @@ fn payload_of(api: &Api, text: Option<String>, base64: Option<String>) -> Result
         }
         _ => return Err(Problem::invalid("give one of payload and payloadBase64")),
     };
-    if payload.len() > api.gateway.limits.max_packet_size as usize {
-        return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "the payload is larger than limits.maxPacketSize"));
+    let max = api.gateway.limits.max_payload;
+    if payload.len() > max as usize {
+        let detail = format!("the payload has {} bytes, messages.maxPayload is {max}: send less", payload.len());
+        return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail));
     }
     Ok(payload)
 }
@@ -516,9 +529,7 @@ async fn post_system(
     let change =
         GroupChange { conversation: conversation.clone(), key, system_message: payload, ..GroupChange::default() };
     match api.hub().ask(&conversation, body::Body::GroupChange(change)).await? {
-        Outcome::Stored(stored) => Ok(Json(StoredView { seq: Some(stored.seq), ts: Some(stored.ts_ms) })),
-        Outcome::Group(group) => Ok(Json(StoredView { seq: Some(group.head), ts: None })),
-        Outcome::Done(_) => Ok(Json(StoredView { seq: None, ts: None })),
+        Outcome::Group(group) => Ok(Json(StoredView { seq: group.head, ts: None })),
         outcome => Err(problem_of(outcome)),
     }
 }
@@ -567,7 +578,7 @@ async fn send_message(
         payload,
     };
     match api.hub().ask(&conversation, body::Body::Send(send)).await? {
-        Outcome::Stored(stored) => Ok(Json(StoredView { seq: Some(stored.seq), ts: Some(stored.ts_ms) })),
+        Outcome::Stored(stored) => Ok(Json(StoredView { seq: stored.seq, ts: Some(stored.ts_ms) })),
         outcome => Err(problem_of(outcome)),
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
 use parking_lot::Mutex;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -168,57 +169,117 @@ pub fn tls_acceptor(listen: &TlsListen) -> Result<TlsAcceptor, ListenError> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// Accepts connections while the gateway serves; gives the address up while it does not. Returns the address that is listened on.
-///
-/// # Errors
-/// [`ListenError`] if it can't be bound at first.
-pub fn spawn(gateway: &Arc<Gateway>, address: SocketAddr, wrap: Wrap) -> Result<SocketAddr, ListenError> {
-    let listener = bind_shared(address)?;
-    let address = listener.local_addr().map_err(|error| ListenError::Bind { address, error })?;
-    tokio::spawn(keep_listening(gateway.clone(), address, Some(listener), wrap));
-    Ok(address)
+/// A listener of an address that several gateways share. It gives the address up while its gateway drains, so that the kernel spreads
+/// new connections over the others, and takes it again afterwards.
+pub struct SharedListener {
+    address: SocketAddr,
+    serving: watch::Receiver<bool>,
+    state: Listening,
 }
 
-async fn keep_listening(gateway: Arc<Gateway>, address: SocketAddr, mut first: Option<StdListener>, wrap: Wrap) {
-    let mut serving = gateway.serving();
-    loop {
-        if serving.wait_for(|serving| *serving).await.is_err() {
-            return;
+enum Listening {
+    /// Bound, but not known to a runtime yet.
+    Bound(StdListener),
+    Serving(TcpListener),
+    /// Not serving any more: what the kernel completed already would be reset by closing the socket.
+    Emptying(TcpListener),
+    Away,
+}
+
+impl SharedListener {
+    /// Binds the address; port 0 picks one.
+    ///
+    /// # Errors
+    /// [`ListenError::Bind`].
+    pub fn bind(gateway: &Gateway, address: SocketAddr) -> Result<Self, ListenError> {
+        let listener = bind_shared(address)?;
+        let address = listener.local_addr().map_err(|error| ListenError::Bind { address, error })?;
+        Ok(Self { address, serving: gateway.serving(), state: Listening::Bound(listener) })
+    }
+
+    /// The address that is listened on.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The next connection; waits as long as the gateway drains. Safe to cancel.
+    pub async fn accept(&mut self) -> TcpStream {
+        loop {
+            match &self.state {
+                Listening::Bound(_) | Listening::Away => self.listen().await,
+                Listening::Serving(listener) => tokio::select! {
+                    accepted = listener.accept() => match accepted {
+                        Ok((stream, _)) => return stream,
+                        Err(error) => {
+                            tracing::warn!(%error, "accept");
+                            sleep(ACCEPT_PAUSE).await;
+                        }
+                    },
+                    // The sender lives as long as the gateway, whose connections these are.
+                    () = self.serving.wait_for(|serving| !*serving).map(drop) => {
+                        if let Listening::Serving(listener) = std::mem::replace(&mut self.state, Listening::Away) {
+                            self.state = Listening::Emptying(listener);
+                        }
+                    }
+                },
+                Listening::Emptying(listener) => match listener.accept().now_or_never() {
+                    Some(Ok((stream, _))) => return stream,
+                    _ => self.state = Listening::Away,
+                },
+            }
         }
-        let listener = match first.take().map_or_else(|| bind_shared(address), Ok) {
-            Ok(listener) => listener,
+    }
+
+    /// Listens as soon as the gateway serves.
+    async fn listen(&mut self) {
+        if self.serving.wait_for(|serving| *serving).await.is_err() {
+            return std::future::pending().await;
+        }
+        let listener = match std::mem::replace(&mut self.state, Listening::Away) {
+            Listening::Bound(listener) => Ok(listener),
+            _ => bind_shared(self.address),
+        };
+        let listening = listener.and_then(|listener| {
+            TcpListener::from_std(listener).map_err(|error| ListenError::Bind { address: self.address, error })
+        });
+        match listening {
+            Ok(listener) => self.state = Listening::Serving(listener),
             Err(error) => {
                 tracing::error!(%error, "listening again");
                 sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let listener = match TcpListener::from_std(listener) {
-            Ok(listener) => listener,
-            Err(error) => return tracing::error!(%address, %error, "the runtime refuses the listener"),
-        };
-        tokio::select! {
-            () = accept(&gateway, &listener, &wrap) => {}
-            _ = serving.wait_for(|serving| !*serving) => {
-                // What the kernel completed already would be reset by closing the socket.
-                while let Some(Ok((stream, _))) = futures::FutureExt::now_or_never(listener.accept()) {
-                    admit(&gateway, stream, &wrap);
-                }
             }
         }
     }
 }
 
-async fn accept(gateway: &Arc<Gateway>, listener: &TcpListener, wrap: &Wrap) {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => admit(gateway, stream, wrap),
-            Err(error) => {
-                tracing::warn!(%error, "accept");
-                sleep(ACCEPT_PAUSE).await;
-            }
-        }
+impl axum::serve::Listener for SharedListener {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
+        let stream = Self::accept(self).await;
+        let peer = stream.peer_addr().unwrap_or(self.address);
+        (stream, peer)
     }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        Ok(self.address)
+    }
+}
+
+/// Accepts MQTT connections while the gateway serves. Returns the address that is listened on.
+///
+/// # Errors
+/// [`ListenError`] if it can't be bound.
+pub fn spawn(gateway: &Arc<Gateway>, address: SocketAddr, wrap: Wrap) -> Result<SocketAddr, ListenError> {
+    let mut listener = SharedListener::bind(gateway, address)?;
+    let (gateway, address) = (gateway.clone(), listener.address());
+    tokio::spawn(async move {
+        loop {
+            admit(&gateway, listener.accept().await, &wrap);
+        }
+    });
+    Ok(address)
 }
 
 fn admit(gateway: &Arc<Gateway>, stream: TcpStream, wrap: &Wrap) {

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -134,6 +135,10 @@ async fn a_drained_gateway_sends_its_clients_elsewhere_and_comes_back() {
     eventually("drained", || running.member.is_drained()).await;
     eventually("the session is closed", || owner.closes() == 1).await;
     running.member.undrain();
+    Client::connect(dial_until_taken(address).await, "alice", "phone").await;
+}
+
+async fn dial_until_taken(address: SocketAddr) -> TcpStream {
     let dial = async {
         loop {
             if let Ok(stream) = TcpStream::connect(address).await {
@@ -142,8 +147,92 @@ async fn a_drained_gateway_sends_its_clients_elsewhere_and_comes_back() {
             tokio::task::yield_now().await;
         }
     };
-    let stream = tokio::time::timeout(Duration::from_secs(10), dial).await.unwrap();
-    Client::connect(stream, "alice", "phone").await;
+    tokio::time::timeout(Duration::from_secs(10), dial).await.unwrap()
+}
+
+/// One answer over a connection that may stay open: its head in lower case, and its body.
+async fn http_answer(stream: &mut TcpStream) -> (String, Vec<u8>) {
+    let mut bytes = Vec::new();
+    loop {
+        if let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") {
+            let head = String::from_utf8(bytes[..end].to_vec()).unwrap().to_lowercase();
+            let length =
+                head.lines().find_map(|line| line.strip_prefix("content-length: ")).map_or(0, |n| n.parse().unwrap());
+            if bytes.len() >= end + 4 + length {
+                return (head, bytes[end + 4..end + 4 + length].to_vec());
+            }
+        }
+        let read = tokio::time::timeout(Duration::from_secs(10), stream.read_buf(&mut bytes)).await.unwrap().unwrap();
+        assert_ne!(read, 0, "the connection ended within an answer");
+    }
+}
+
+#[tokio::test]
+async fn a_drained_gateway_answers_http_and_asks_its_clients_to_dial_anew() {
+    let (running, _owner) = gateway(PLAIN).await;
+    let address = running.http.unwrap();
+    let ask = "GET /v1/presence/bob HTTP/1.1\r\nhost: x\r\nauthorization: Bearer insecure:alice\r\n\r\n".as_bytes();
+    let mut idle = TcpStream::connect(address).await.unwrap();
+    let mut asking = TcpStream::connect(address).await.unwrap();
+    for stream in [&mut idle, &mut asking] {
+        stream.write_all(ask).await.unwrap();
+        let (head, _) = http_answer(stream).await;
+        assert!(!head.contains("connection: close"), "{head}");
+    }
+    // A request under way when the drain begins.
+    asking.write_all(&ask[..20]).await.unwrap();
+    running.member.drain(100.0);
+    let refused = async {
+        // The port is given up a moment after the flag.
+        while TcpStream::connect(address).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), refused).await.expect("nobody listens: others on this port would");
+    asking.write_all(&ask[20..]).await.unwrap();
+    idle.write_all(ask).await.unwrap();
+    for stream in [&mut idle, &mut asking] {
+        let (head, _) = http_answer(stream).await;
+        assert!(head.contains("connection: close"), "{head}");
+        assert_eq!(stream.read(&mut [0; 8]).await.unwrap(), 0, "and it is closed");
+    }
+    let mut admin = TcpStream::connect(running.admin).await.unwrap();
+    admin.write_all(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let (head, body) = http_answer(&mut admin).await;
+    assert!(head.contains(" 503 ") && body == b"draining\n", "{head}: its health is told all the while");
+    running.member.undrain();
+    let mut again = dial_until_taken(address).await;
+    again.write_all(ask).await.unwrap();
+    assert!(!http_answer(&mut again).await.0.contains("connection: close"));
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_its_token() {
+    let path = std::env::temp_dir().join(format!("im-gateway-secret-{}", std::process::id()));
+    let secret = "a secret of some length for the test";
+    std::fs::write(&path, secret).unwrap();
+    let auth = format!(r#""auth":{{"jwt":{{"keysFile":{path:?}}}}}"#);
+    let (running, owner) = gateway(&PLAIN.replace(r#""auth":{"insecure":{}}"#, &auth)).await;
+    let now_s = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let token = |exp: u64| {
+        let claims = serde_json::json!({ "sub": "alice", "exp": exp });
+        let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
+        jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap()
+    };
+    let dial = async |device: &str, exp: u64| {
+        let stream = TcpStream::connect(running.mqtt.unwrap()).await.unwrap();
+        Client::connect_with(stream, "alice", device, token(exp).as_bytes()).await
+    };
+    let mut lasting = dial("lasting", now_s + 600).await;
+    let mut ending = dial("ending", now_s + 3).await;
+    let (first, body) = ending.receive().await.expect("DISCONNECT");
+    assert_eq!((first, body[0]), (0xE0, Reason::NotAuthorized.code()));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    assert!(now >= Duration::from_secs(now_s + 3), "not before its time");
+    assert!(ending.receive().await.is_none(), "and the socket closes");
+    eventually("the session is closed at its owner", || owner.closes() == 1).await;
+    assert_eq!(lasting.publish(1, "u/bob", b"still here").await.0, 0);
+    std::fs::remove_file(path).unwrap();
 }
 
 #[tokio::test]
@@ -180,7 +269,7 @@ async fn bytes_that_are_no_mqtt_end_in_a_reason_or_a_close() {
 
 #[tokio::test]
 async fn the_json_api_answers_and_refuses_in_problem_documents() {
-    let (running, _owner) = gateway(PLAIN).await;
+    let (running, _owner) = gateway(&PLAIN.replace("\"auth\"", "\"limits\":{\"maxPayload\":1000},\"auth\"")).await;
     let address = running.http.unwrap();
     let ask = |method: &'static str, path: &'static str, token: &'static str, body: &'static str| async move {
         let mut stream = TcpStream::connect(address).await.unwrap();
@@ -195,6 +284,11 @@ async fn the_json_api_answers_and_refuses_in_problem_documents() {
     };
     let sent = ask("POST", "/v1/messages", "insecure:alice", r#"{"to":"bob","payload":"hi","id":"m1"}"#).await;
     assert!(sent.contains("200 OK") && sent.contains("\"seq\":1"), "{sent}");
+    // messages.maxPayload is below limits.maxPacketSize here, as it is everywhere.
+    let post = |bytes: usize| format!(r#"{{"to":"bob","payload":"{}"}}"#, "x".repeat(bytes)).leak();
+    assert!(ask("POST", "/v1/messages", "insecure:alice", post(1_000)).await.contains("200 OK"));
+    let large = ask("POST", "/v1/messages", "insecure:alice", post(1_001)).await;
+    assert!(large.contains("413 ") && large.contains("messages.maxPayload is 1000"), "{large}");
     let history = ask("GET", "/v1/conversations/u/alice/messages", "insecure:bob", "").await;
     assert!(history.contains("\"payload\":\"hi\"") && history.contains("\"from\":\"alice\""), "{history}");
     let denied = ask("POST", "/v1/messages", "insecure:alice", r#"{"group":"closed","payload":"hi"}"#).await;

@@ -1,13 +1,17 @@
 //! The session's state machine: the table of what clients may do, for both versions, and delivery under random interleavings.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../fuzz/harness.rs"]
+#[allow(dead_code)] // the bytes are for others
+mod harness;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use im_gateway::metrics::Metrics;
+use harness::{connect, shared};
 use im_gateway::mqtt::{Connect, Packet, Publish, Reason, Subscribe, Version, Will};
-use im_gateway::session::{Answer, Effects, End, Identity, Session, SessionLimits, SessionRequest, Shared};
+use im_gateway::session::{Answer, Effects, End, Identity, Session, SessionRequest, Shared};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
     Cursor, Deliver, Done, Entry, Fetched, Head, HeadList, IndexRow, KickReason, KickSession, Marked, Recipient,
@@ -18,32 +22,8 @@ use proptest::prelude::*;
 
 const NUMBER: SessionNumber = SessionNumber { epoch: 3, counter: 7 };
 
-fn shared() -> Arc<Shared> {
-    let limits = SessionLimits {
-        receive_maximum: 4,
-        packet_size_max: 65_536,
-        keep_alive_s_max: 100,
-        session_expiry_s_max: 1_000,
-        catch_up: 1_000,
-    };
-    Shared::new(0xB007, limits, Metrics::new())
-}
-
-fn connect(version: Version) -> Connect<'static> {
-    Connect {
-        version,
-        clean_start: false,
-        keep_alive_s: 60,
-        session_expiry_s: (version == Version::V5).then_some(500),
-        receive_maximum: 10,
-        packet_size_max: None,
-        problem_information: true,
-        client_id: "phone",
-        will: None,
-        username: Some("alice"),
-        password: None,
-    }
-}
+/// Conversations of alice.
+const CONVERSATIONS: [&str; 2] = ["u/alice/bob", "u/alice/carol"];
 
 /// A session and what it wants done.
 struct Driven {
@@ -128,12 +108,13 @@ impl Driven {
     }
 
     fn deliver(&mut self, seq: u64) {
+        self.deliver_in(CONVERSATIONS[0], entry(seq));
+    }
+
+    fn deliver_in(&mut self, conversation: &str, entry: Entry) {
         let recipient = Recipient { user: "alice".to_owned(), from_seq: 1, to_seq: 0, as_of: 0 };
-        let deliver = Deliver {
-            conversation: "u/alice/bob".to_owned(),
-            entry: Some(entry(seq)),
-            recipients: vec![recipient.clone()],
-        };
+        let (conversation, recipients) = (conversation.to_owned(), vec![recipient.clone()]);
+        let deliver = Deliver { conversation, entry: Some(entry), recipients };
         self.session.on_deliver(self.now_ms, &deliver, &recipient, &mut self.effects);
     }
 
@@ -440,37 +421,74 @@ fn late_acknowledgements_acknowledge_nothing() {
     assert_eq!(cursor(&mut driven), 1);
 }
 
+#[test]
+fn who_does_not_read_holds_up_only_himself_and_loses_no_chat() {
+    let mut driven = Driven::subscribed(Version::V5);
+    let large = |seq| Entry { payload: Bytes::from(vec![b'x'; 3_000]), ..entry(seq) };
+    let buffered = driven.shared.limits.send_buffer_bytes;
+    for seq in 1..=40 {
+        driven.deliver_in(CONVERSATIONS[0], large(seq));
+    }
+    // The window is ten; only as many went out as the buffer's part for deliveries takes.
+    assert!(driven.effects.requests.is_empty(), "nothing is fetched that can't be sent");
+    assert_eq!(driven.shared.metrics.delivered.get(), 3);
+    assert_eq!(driven.shared.metrics.send_buffer_full.get(), 37);
+    let room = Bytes::from_static(b"\x30\x03\x00\x01r");
+    driven.session.on_room_message(&room);
+    assert_eq!(driven.shared.metrics.room_dropped.get(), 1, "a room's message is lost");
+    assert!(driven.session.wants_input(), "he is still heard and answered");
+    for _ in 0..buffered {
+        driven.packet(Packet::PingReq);
+        if !driven.session.wants_input() {
+            break;
+        }
+    }
+    assert!(!driven.session.wants_input(), "until the answers that he does not read fill the buffer");
+    let waiting = driven.session.take_output();
+    assert!(waiting.len() <= buffered / 2 + 2, "{} of {buffered} bytes, as many may be with the socket", waiting.len());
+    driven.session.on_written(0, &mut driven.effects);
+    let request = driven.next_request();
+    assert!(matches!(request.body.body, Some(body::Body::Fetch(fetch)) if (fetch.from, fetch.limit) == (4, 7)));
+}
+
 proptest! {
-    /// Whatever the order of pushes, answers, acknowledgements and lost hints, and however small the window: each seq once, in order.
+    /// Whatever the order of pushes, answers, acknowledgements and lost hints, and however small the window: each seq of each
+    /// conversation once, in order, and never more unacknowledged than the client takes.
     #[test]
     fn each_seq_is_delivered_once_and_in_order(steps in proptest::collection::vec((0u8..8, 0usize..8), 1..300), window in 1u16..8) {
         let mut driven = Driven::registered(&Connect { receive_maximum: window, ..connect(Version::V5) }, Registered::default());
         driven.subscribe("inbox/#");
         driven.answer_next(Outcome::Done(Done {}));
         driven.packets();
-        let mut log = 0;
-        let mut hints: VecDeque<u64> = VecDeque::new();
+        let mut logs = [0; CONVERSATIONS.len()];
+        let mut hints: VecDeque<(usize, u64)> = VecDeque::new();
         let mut requests: Vec<SessionRequest> = Vec::new();
         let mut unacked: Vec<u16> = Vec::new();
-        let mut seen: Vec<u64> = Vec::new();
-        // At the end all is delivered, answered and acknowledged, after one more hint that is not lost.
-        let finish = std::iter::once((0, 0)).chain(std::iter::repeat_n([(1, 0), (3, 0), (4, 0), (6, 0)], 800).flatten());
+        let mut seen: [Vec<u64>; CONVERSATIONS.len()] = Default::default();
+        // At the end all is delivered, answered and acknowledged, after one more hint in each that is not lost.
+        let finish = [(0, 0), (0, 1)].into_iter().chain(std::iter::repeat_n([(1, 0), (3, 0), (4, 0), (6, 0)], 800).flatten());
         for (kind, pick) in steps.into_iter().chain(finish) {
+            let of = pick % CONVERSATIONS.len();
             match kind {
-                0 => { log += 1; hints.push_back(log); }
-                1 => if !hints.is_empty() { let seq = hints.remove(pick % hints.len()).unwrap(); driven.deliver(seq); },
+                0 => { logs[of] += 1; hints.push_back((of, logs[of])); }
+                1 => if !hints.is_empty() {
+                    let (of, seq) = hints.remove(pick % hints.len()).unwrap();
+                    driven.deliver_in(CONVERSATIONS[of], entry(seq));
+                },
                 2 => if !hints.is_empty() {
                     // Only a hint that another follows may get lost for good; the last one is repeated by the owner.
                     let lost = pick % hints.len();
-                    if hints[lost] != log { hints.remove(lost); }
+                    let (of, seq) = hints[lost];
+                    if seq != logs[of] { hints.remove(lost); }
                 },
                 3 => if !requests.is_empty() {
                     let request = requests.remove(pick % requests.len());
                     let outcome = match request.body.body {
                         Some(body::Body::Fetch(fetch)) => {
-                            let last = log.min(fetch.from + u64::from(fetch.limit) - 1);
+                            let of = CONVERSATIONS.iter().position(|id| *id == fetch.conversation).unwrap();
+                            let last = logs[of].min(fetch.from + u64::from(fetch.limit) - 1);
                             let entries = (fetch.from..=last).map(entry).collect();
-                            Outcome::Fetched(Fetched { entries, next: last + 1, head: log })
+                            Outcome::Fetched(Fetched { entries, next: last + 1, head: logs[of] })
                         }
                         _ => Outcome::Done(Done {}),
                     };
@@ -482,17 +500,20 @@ proptest! {
                     driven.session.on_answer(driven.now_ms, request.ticket.unwrap(), Answer::Full, &mut driven.effects);
                 },
                 6 => { driven.now_ms += 1; driven.tick(driven.now_ms); }
-                _ => if log > 0 { driven.deliver(1 + pick as u64 % log); },
+                _ => if logs[of] > 0 { driven.deliver_in(CONVERSATIONS[of], entry(1 + pick as u64 % logs[of])); },
             }
             for (first, body) in driven.packets() {
                 let (publish, _) = v5_0::Publish::parse(first & 15, body.into()).unwrap();
-                seen.push(std::str::from_utf8(publish.payload().as_slice()).unwrap().parse().unwrap());
+                let of = CONVERSATIONS.iter().position(|id| id.ends_with(publish.topic_name().split('/').nth(2).unwrap())).unwrap();
+                seen[of].push(std::str::from_utf8(publish.payload().as_slice()).unwrap().parse().unwrap());
                 unacked.push(publish.packet_id().unwrap());
             }
             requests.append(&mut driven.effects.requests);
             prop_assert!(unacked.len() <= usize::from(window), "the client's Receive Maximum");
         }
         prop_assert!(!driven.session.is_ended());
-        prop_assert_eq!(seen, (1..=log).collect::<Vec<_>>());
+        for (seen, log) in seen.into_iter().zip(logs) {
+            prop_assert_eq!(seen, (1..=log).collect::<Vec<_>>());
+        }
     }
 }

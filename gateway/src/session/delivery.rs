@@ -12,8 +12,8 @@ use im_proto::link::reply::Outcome;
 use im_proto::link::{Cursor, Cursors, Deliver, Entry, EntryKind, Fetch, Fetched, Heads, IndexRow, Recipient, body};
 use im_proto::topic::SYSTEM_SENDER;
 
-use super::{Answer, Digits, Effects, InboxState, OUT_BYTES_HIGH, Phase, Session, What, refusal_of};
-use crate::mqtt::{Delivery, OutBuffer, Version};
+use super::{Answer, Digits, Effects, InboxState, Phase, Session, What, refusal_of};
+use crate::mqtt::{Delivery, Version};
 
 /// Packet ids of one connection's deliveries.
 const PACKET_IDS: u16 = 4_096;
@@ -220,9 +220,9 @@ impl Inbox {
         }
     }
 
-    /// How many more publishes may be sent now.
-    fn room(&self, out: &OutBuffer) -> usize {
-        if !matches!(self.state, InboxState::Subscribed) || out.len() >= OUT_BYTES_HIGH {
+    /// How many more publishes the client takes now, by its window.
+    fn room(&self) -> usize {
+        if !matches!(self.state, InboxState::Subscribed) {
             return 0;
         }
         usize::from(self.window - self.outstanding).min(usize::from(PACKET_IDS) - self.unacked.len())
@@ -328,7 +328,7 @@ impl Session {
         }
         let index = self.inbox.flow(&deliver.conversation, recipient.from_seq);
         let own = self.is_own(entry);
-        let room = self.inbox.room(&self.out) > 0;
+        let room = self.room() > 0;
         let flow = &mut self.inbox.flows[index as usize];
         if recipient.as_of >= flow.as_of {
             flow.as_of = recipient.as_of;
@@ -347,12 +347,24 @@ impl Session {
             }
             InboxState::Subscribing(_) | InboxState::Subscribed => {
                 flow.head = flow.head.max(entry.seq);
+                if self.is_congested() {
+                    self.shared.metrics.send_buffer_full.inc();
+                }
                 if matches!(self.inbox.state, InboxState::Subscribed) {
                     self.inbox.mark_behind(index);
                     self.fetch(now_ms, effects);
                 }
             }
         }
+    }
+
+    /// How many more publishes may be sent now: none while the client does not read what it has.
+    fn room(&self) -> usize {
+        if self.is_congested() { 0 } else { self.inbox.room() }
+    }
+
+    fn is_congested(&self) -> bool {
+        self.out.len() >= self.shared.limits.deliver_below()
     }
 
     fn is_own(&self, entry: &Entry) -> bool {
@@ -404,7 +416,7 @@ impl Session {
     /// Fetches what is missing, as far as the window allows.
     pub(super) fn fetch(&mut self, now_ms: u64, effects: &mut Effects) {
         while self.inbox.fetches < FETCHES_MAX {
-            let room = self.inbox.room(&self.out);
+            let room = self.room();
             if room == 0 {
                 return;
             }
@@ -476,7 +488,7 @@ impl Session {
             if flow.to_seq != 0 && entry.seq > flow.to_seq {
                 break;
             }
-            if !self.is_own(entry) && self.inbox.room(&self.out) == 0 {
+            if !self.is_own(entry) && self.room() == 0 {
                 all = false;
                 break;
             }
@@ -508,6 +520,7 @@ impl Session {
         if matches!(self.inbox.state, InboxState::Unsubscribed) {
             return;
         }
+        let is_congested = self.is_congested();
         let flow = &mut self.inbox.flows[index as usize];
         let (kind, name, other) = match Conversation::parse(&flow.conversation) {
             Ok(Conversation::Group(group)) => ("g", group, None),
@@ -520,7 +533,7 @@ impl Session {
         let marks = [(own, &mut flow.own_mark_told, Some(&*self.user)), (peer, &mut flow.peer_mark_told, other)];
         for (seq, told, reader) in marks {
             let Some(reader) = reader else { continue };
-            if seq <= *told || self.out.len() >= OUT_BYTES_HIGH {
+            if seq <= *told || is_congested {
                 continue;
             }
             *told = seq;
@@ -537,7 +550,8 @@ impl Session {
         if self.phase != Phase::Live {
             return;
         }
-        if self.out.len() >= OUT_BYTES_HIGH || self.packet_size_max.is_some_and(|max| encoded.len() > max as usize) {
+        let too_large = self.packet_size_max.is_some_and(|max| encoded.len() > max as usize);
+        if too_large || self.is_congested() {
             self.shared.metrics.room_dropped.inc();
         } else {
             self.out.put(encoded);

@@ -25,10 +25,6 @@ use crate::mqtt::{self, OutBuffer, Reason, Version};
 
 /// How long a client waits for an outcome before its connection ends.
 pub const OUTCOME_WAIT_MS_MAX: u64 = 10_000;
-/// With more than this unwritten, a session's deliveries wait and room messages are lost, bytes.
-pub const OUT_BYTES_HIGH: usize = 64 << 10;
-/// With more than this unwritten, nothing more is read from the client, bytes.
-const OUT_BYTES_INPUT_STOP: usize = 256 << 10;
 /// Requests that wait besides publishes with QoS 1.
 const WAITING_EXTRA_MAX: usize = 256;
 
@@ -57,6 +53,22 @@ pub struct SessionLimits {
     pub session_expiry_s_max: u32,
     /// Messages of one conversation that a new session gets at most.
     pub catch_up: u64,
+    /// What may wait for a client that reads slowly, bytes, give or take the packet that exceeds it. Half of it may be with the socket's
+    /// task, so the session's own out-buffer may hold the other half.
+    pub send_buffer_bytes: usize,
+}
+
+impl SessionLimits {
+    /// With as much in the out-buffer, deliveries wait and room messages are lost, bytes.
+    pub fn deliver_below(&self) -> usize {
+        self.send_buffer_bytes / 4
+    }
+
+    /// With as much in the out-buffer, nothing more is read from the client, bytes. The space above [`SessionLimits::deliver_below`] is
+    /// for answers alone: a client that does not read its deliveries can still be answered.
+    fn read_below(&self) -> usize {
+        self.send_buffer_bytes / 2
+    }
 }
 
 impl Shared {
@@ -317,7 +329,7 @@ impl Session {
     pub fn wants_input(&self) -> bool {
         let receive_maximum = usize::from(self.shared.limits.receive_maximum);
         self.phase == Phase::Live
-            && self.out.len() < OUT_BYTES_INPUT_STOP
+            && self.out.len() < self.shared.limits.read_below()
             && self.waiting.len() < receive_maximum + WAITING_EXTRA_MAX
             && (self.version == Version::V5 || self.publishes_unanswered < receive_maximum)
     }

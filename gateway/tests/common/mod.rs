@@ -15,8 +15,8 @@ use im_proto::link::link_server::{Link, LinkServer};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
     Body, ClientFrame, ClientFrames, Deliver, Done, Entry, Fetched, Head, HeadList, IndexRow, Marked, Owned,
-    OwnedShard, Push, Recipient, Refusal, Refused, Registered, Reply, RoomMessage, ServerFrame, ServerFrames,
-    SessionNumber, Stored, body, client_frame, push, server_frame,
+    OwnedShard, PresenceInfo, Push, Recipient, Refusal, Refused, Registered, Reply, RoomMessage, ServerFrame,
+    ServerFrames, SessionNumber, Stored, body, client_frame, push, server_frame,
 };
 use im_proto::links::Outbox;
 use mqtt_protocol_core::mqtt::packet::{Qos, SubEntry, SubOpts, v5_0};
@@ -125,6 +125,7 @@ impl FakeOwner {
                 let next = entries.last().map_or(fetch.from, |entry| entry.seq + 1);
                 Outcome::Fetched(Fetched { entries, next, head })
             }
+            body::Body::Presence(_) => Outcome::Presence(PresenceInfo { known: true, ..PresenceInfo::default() }),
             body::Body::MarkRead(mark) => Outcome::Marked(Marked { seq: mark.seq }),
             body::Body::RoomPublish(publish) => {
                 let (room, sender, device, payload) = (publish.room, publish.sender, publish.device, publish.payload);
@@ -241,9 +242,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     }
 
     pub async fn connect(stream: S, user: &str, device: &str) -> Self {
+        Self::connect_with(stream, user, device, b"x").await
+    }
+
+    pub async fn connect_with(stream: S, user: &str, device: &str, password: &[u8]) -> Self {
         let mut client = Self::new(stream);
-        let connect =
-            v5_0::Connect::builder().client_id(device).unwrap().user_name(user).unwrap().password(b"x").unwrap();
+        let connect = v5_0::Connect::builder().client_id(device).unwrap().user_name(user).unwrap();
+        let connect = connect.password(password.to_vec()).unwrap();
         client.send(&connect.clean_start(true).build().unwrap().to_continuous_buffer()).await;
         let (first, body) = client.receive().await.expect("CONNACK");
         assert_eq!((first, body[1]), (0x20, 0), "{body:?}");

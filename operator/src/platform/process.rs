@@ -253,6 +253,8 @@ fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secr
             "keepAliveMaxSeconds": limits.keep_alive_max.duration().as_secs().clamp(1, u16::MAX.into()),
             "sessionExpiryMaxSeconds": limits.session_expiry_max.duration().as_secs().min(u32::MAX.into()),
             "messageRate": limits.message_rate,
+            "sendBufferBytes": limits.send_buffer_bytes,
+            "maxPayload": spec.messages.max_payload,
         },
         "messages": { "catchUp": spec.messages.catch_up },
         "terminationGraceSeconds": STOP_GRACE.as_secs(),
