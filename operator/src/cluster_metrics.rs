@@ -148,9 +148,8 @@ mod tests {
         let metrics = ClusterMetrics::default();
         metrics.set_leading(true);
         metrics.set("talk", "chat", &status());
-        let of_chat = |name: &str, labels: &str, value| {
-            format!(r#"{name}{{namespace="talk",imcluster="chat"{labels}}} {value}"#)
-        };
+        let of_chat =
+            |name: &str, labels: &str, value| format!(r#"{name}{{namespace="talk",imcluster="chat"{labels}}} {value}"#);
         let wanted = vec![
             "imcluster_leader 1.0".to_owned(),
             of_chat("imcluster_condition", r#",type="Degraded",status="True""#, "0.0"),
