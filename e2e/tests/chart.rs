@@ -205,6 +205,23 @@ fn values_and_schema_agree() -> TestResult {
     Ok(())
 }
 
+/// The values that the documentation tells people to write.
+#[test]
+fn the_documented_values_are_taken() -> TestResult {
+    let program = need!("helm");
+    let page = read("../../docs/production.md")?;
+    let blocks = page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let values = blocks.filter(|block| block.starts_with("# values.yaml")).collect::<Vec<_>>();
+    let [values] = values.as_slice() else { return Err("docs/production.md has one values.yaml".into()) };
+    let file = std::env::temp_dir().join(format!("imcluster-chart-{}.yaml", std::process::id()));
+    std::fs::write(&file, values)?;
+    let output = helm(&program, "template", &[&format!("--values={}", file.display())]);
+    std::fs::remove_file(&file)?;
+    let output = output?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
 #[test]
 fn an_alert_can_be_left_out() -> TestResult {
     let program = need!("helm");
