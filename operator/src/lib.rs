@@ -6,6 +6,7 @@
 pub mod autoscale;
 pub mod console;
 pub mod control;
+pub mod leadership;
 pub mod metrics;
 pub mod platform;
 pub mod shards;

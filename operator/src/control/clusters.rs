@@ -86,12 +86,7 @@ pub struct Clusters {
 impl Clusters {
     /// No clusters yet. While `leadership` says that another one leads, members are sent there.
     pub fn new(leadership: watch::Receiver<Leadership>) -> Arc<Self> {
-        Arc::new(Self {
-            leadership,
-            routes: RwLock::default(),
-            next_id: AtomicU64::new(0),
-            refused: Family::default(),
-        })
+        Arc::new(Self { leadership, routes: RwLock::default(), next_id: AtomicU64::new(0), refused: Family::default() })
     }
 
     /// Exports how many members were refused, and why.
@@ -104,13 +99,7 @@ impl Clusters {
     /// taken to it from now on; they wait until the stored map is read and the new term is stored.
     ///
     /// An earlier one of the same key gets no more members.
-    pub fn lead<P: Platform>(
-        self: &Arc<Self>,
-        key: ClusterKey,
-        token: String,
-        platform: Arc<P>,
-        setup: Setup,
-    ) -> Led {
+    pub fn lead<P: Platform>(self: &Arc<Self>, key: ClusterKey, token: String, platform: Arc<P>, setup: Setup) -> Led {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (incoming, inbox) = mpsc::channel(INCOMING_MAX);
         let (shown, status) = watch::channel(Status::default());

@@ -1,12 +1,12 @@
 //! The one loop that decides. See [`Leader`].
 
+use super::ControlError;
 use super::scaling::{Measured, Scaler, Wanted};
 use super::service::{Incoming, Outbox, StreamId};
 use super::status::{
-    EVENTS_MAX, Event as Happening, FileStatus, MOVES_LISTED_MAX, MemberStatus, MoveStatus, Proposal, Shards, Status,
-    TierStatus, Tiers, member_state, no_message_lost, rfc3339,
+    DrainStatus, EVENTS_MAX, Event as Happening, FileStatus, MOVES_LISTED_MAX, MemberStatus, MoveStatus, Proposal,
+    Shards, Status, TierStatus, Tiers, member_state, no_message_lost, rfc3339,
 };
-use super::ControlError;
 use super::tiers::{Stage, Step, TierMember, drain_rate, next_steps};
 use crate::autoscale::MemberState;
 use crate::metrics::{Sample, scrape};
@@ -303,8 +303,7 @@ impl<P: Platform> Leader<P> {
 
     /// Stops listening as soon as every process of both tiers has dialled in: there is nobody left to wait for.
     fn end_hearing(&mut self) {
-        let lives =
-            |process: &&Process| Tier::of(process.role).is_some() && process.state != ProcessState::Waiting;
+        let lives = |process: &&Process| Tier::of(process.role).is_some() && process.state != ProcessState::Waiting;
         let mut tiers = self.view.processes.iter().filter(lives).peekable();
         let somebody = tiers.peek().is_some();
         let all = tiers.all(|process| self.live_link(process).is_some());
@@ -459,7 +458,10 @@ impl<P: Platform> Leader<P> {
         self.remembered.remove(&member);
         let link = Link {
             tier,
-            shown: self.view.process(member.name()).is_some_and(|process| process.instance.as_ref() == Some(&hello.instance)),
+            shown: self
+                .view
+                .process(member.name())
+                .is_some_and(|process| process.instance.as_ref() == Some(&hello.instance)),
             instance: hello.instance.clone(),
             link_address: hello.link_address.clone(),
             admin_address: hello.http_address.clone(),
@@ -999,10 +1001,13 @@ impl<P: Platform> Leader<P> {
             }
         }
         for (member, order) in orders {
-            self.send(&member, match order {
-                Order::Serve => Command::Undrain(wire::Undrain {}),
-                Order::Drain(per_second) => Command::Drain(wire::Drain { per_second }),
-            });
+            self.send(
+                &member,
+                match order {
+                    Order::Serve => Command::Undrain(wire::Undrain {}),
+                    Order::Drain(per_second) => Command::Drain(wire::Drain { per_second }),
+                },
+            );
             if let Some(link) = self.links.get_mut(&member) {
                 link.told = Some(order);
             }
@@ -1123,7 +1128,8 @@ impl<P: Platform> Leader<P> {
         let processes = self.view.processes.iter().filter(|process| Tier::of(process.role) == Some(tier));
         let epochs = self.epochs();
         for process in processes {
-            let leaves = state.leaving.contains_key(&process.name);
+            let leaving = state.leaving.get(&process.name);
+            let leaves = leaving.is_some();
             let link = self.link(&process.name).filter(|(_, link)| is_of(process, link));
             let heard = self.live_link(process).is_some();
             let leaving_word = match tier {
@@ -1138,6 +1144,10 @@ impl<P: Platform> Leader<P> {
                 state: member_state(process.state, leaves.then_some(leaving_word), link.is_some(), heard),
                 messages_per_second: beat.messages_per_second,
                 cpu_cores: beat.cpu_cores,
+                drain: leaving.map(|leaving| {
+                    let since = self.now().saturating_sub(leaving.since);
+                    DrainStatus::new(leaving.held_first, self.holds(tier, process, snapshot), since)
+                }),
                 ..MemberStatus::default()
             };
             match tier {

@@ -155,7 +155,10 @@ mod tests {
     fn growing_takes_back_the_least_drained_before_it_starts_anybody() {
         let members = [member(0, Stage::Ready, 9), member(1, LEAVING, 3), member(2, LEAVING, 7)];
         assert_eq!(next_steps(Tier::Gateway, 2, &members, 0), [Step::Return(name(2))]);
-        assert_eq!(next_steps(Tier::Gateway, 4, &members, 0), [Step::Return(name(2)), Step::Return(name(1)), Step::Start(1)]);
+        assert_eq!(
+            next_steps(Tier::Gateway, 4, &members, 0),
+            [Step::Return(name(2)), Step::Return(name(1)), Step::Start(1)]
+        );
     }
 
     #[test]
@@ -172,7 +175,10 @@ mod tests {
             [member(0, Stage::Ready, 3), member(1, Stage::Ready, 0), starting.clone(), member(4, Stage::Starting, 0)];
         assert_eq!(next_steps(Tier::Gateway, 2, &members, 0), [Step::Stop(name(4)), Step::Stop(name(3))]);
         assert_eq!(next_steps(Tier::Gateway, 3, &members, 0), [Step::Stop(name(4))]);
-        assert_eq!(next_steps(Tier::Gateway, 1, &members, 0), [Step::Stop(name(4)), Step::Stop(name(3)), Step::Leave(name(1))]);
+        assert_eq!(
+            next_steps(Tier::Gateway, 1, &members, 0),
+            [Step::Stop(name(4)), Step::Stop(name(3)), Step::Leave(name(1))]
+        );
         let lost = [member(0, Stage::Ready, 3), member(1, Stage::Ready, 1), member(2, Stage::Starting, 4)];
         assert_eq!(next_steps(Tier::Business, 2, &lost, 0), [], "2 still holds something and does not answer");
     }

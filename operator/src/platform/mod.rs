@@ -67,7 +67,6 @@ impl Tier {
             Self::Business => Role::Business,
         }
     }
-
 }
 
 impl fmt::Display for Tier {
