@@ -21,6 +21,8 @@ start() {
     debian_packages dockerd=docker.io docker=docker.io runc=runc containerd=containerd jq=jq iptables=iptables
     step "starting dockerd"
     mkdir -p "$ENGINE_RUN" "$CACHE/engine" "$CACHE/log"
+    # A copy: the engine may outlive this checkout.
+    install -m755 "$CLUSTER_DIR/runc-limited" "$CACHE/engine/runc-limited"
     cat >"$CACHE/engine/daemon.json" <<JSON
 {
   "hosts": ["unix://$socket"],
@@ -29,7 +31,7 @@ start() {
   "pidfile": "$pid_file",
   "bridge": "none",
   "oom-score-adjust": 0,
-  "runtimes": {"limited": {"path": "$CLUSTER_DIR/runc-limited"}},
+  "runtimes": {"limited": {"path": "$CACHE/engine/runc-limited"}},
   "default-runtime": "limited"
 }
 JSON

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # images.sh: the images of what the tests run beside us in the cluster, PostgreSQL and Prometheus, as docker-archives in the
-# cache; prints their paths. From Debian packages on Debian 12, elsewhere pulled. Manifests use the same name for either.
+# cache; prints their paths. From Debian packages and Go modules on Debian 12, elsewhere pulled. Manifests use the same name for either.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -8,7 +8,7 @@ set -euo pipefail
 . "$CLUSTER_DIR/debian.sh"
 
 postgres_pull=postgres:15-bookworm
-prometheus_pull=prom/prometheus:v2.53.5
+prometheus_pull=prom/prometheus:v3.10.0
 
 from_debian() {
     local tree="$CACHE/tree"
@@ -20,13 +20,11 @@ from_debian() {
     printf 'root:x:0:0::/:/bin/sh\npostgres:x:999:999::/var/lib/postgresql:/bin/sh\n' >"$tree/etc/passwd"
     printf 'root:x:0:\npostgres:x:999:\n' >"$tree/etc/group"
     archive "$1" --tag localhost/postgres:15 --env PATH=/usr/lib/postgresql/15/bin:/usr/bin:/bin --user 999:999 "$tree/"
-
-    step "image: Prometheus"
-    debian_tree "$tree" extract prometheus busybox-static
-    rm -rf "$tree"/usr/share "$tree"/var/lib/* "$tree/etc/prometheus"
-    finish "$tree"
-    archive "$2" --tag localhost/prometheus:v2 --user 65534:65534 "$tree/"
     rm -rf "$tree"
+
+    # Debian's Prometheus was built without the discovery of Kubernetes' pods.
+    "$CLUSTER_DIR/tools.sh" prometheus
+    archive "$2" --tag localhost/prometheus:v3 --user 65534:65534 "$BIN/prometheus=/usr/bin/prometheus"
 }
 
 # Busybox is the shell and all the rest.
@@ -43,7 +41,7 @@ pulled() {
     docker save --output "$1" "$2"
 }
 
-key="$(content_key "$CLUSTER_DIR/images.sh" "$CLUSTER_DIR/debian.sh" "$REPOSITORY/images/archive.py")"
+key="$(content_key "$CLUSTER_DIR/images.sh" "$CLUSTER_DIR/tools/prometheus" "$CLUSTER_DIR/debian.sh" "$REPOSITORY/images/archive.py")"
 folder="$CACHE/images/$key"
 if [ ! -e "$folder/done" ]; then
     rm -rf "$CACHE/images"
@@ -52,7 +50,7 @@ if [ ! -e "$folder/done" ]; then
         from_debian "$folder/postgres.tar" "$folder/prometheus.tar"
     else
         pulled "$folder/postgres.tar" localhost/postgres:15 "$postgres_pull"
-        pulled "$folder/prometheus.tar" localhost/prometheus:v2 "$prometheus_pull"
+        pulled "$folder/prometheus.tar" localhost/prometheus:v3 "$prometheus_pull"
     fi
     touch "$folder/done"
 fi

@@ -15,8 +15,9 @@ node_image() {
         return
     fi
     # Everything that ends up in it is in its name.
-    ours="localhost/imcluster-node:$KUBERNETES_VERSION-$(content_key "$CLUSTER_DIR/node" "$CLUSTER_DIR/tools" \
-        "$CLUSTER_DIR/runc-limited" "$CLUSTER_DIR/debian.sh" "$REPOSITORY/images/archive.py")"
+    ours="localhost/imcluster-node:$KUBERNETES_VERSION-$(content_key "$CLUSTER_DIR/node" "$CLUSTER_DIR/runc-limited" \
+        "$CLUSTER_DIR"/tools/{kubernetes,etcd,coredns,local-path-provisioner,kind} \
+        "$CLUSTER_DIR/tools.sh" "$CLUSTER_DIR/debian.sh" "$REPOSITORY/images/archive.py")"
     if ! docker image inspect "$ours" >/dev/null 2>&1; then
         step "pulling $published"
         if timeout 300 docker pull --quiet "$published" >"$CACHE/log/pull.log" 2>&1; then
@@ -39,6 +40,8 @@ cluster_up() {
         step "kind create cluster ($image)"
         quietly "$CACHE/log/kind-create.log" kind create cluster --name "$CLUSTER_NAME" --image "$image" \
             --config "$CLUSTER_DIR/kind.yaml" --kubeconfig "$KUBECONFIG"
+    else
+        quietly "$CACHE/log/kind-kubeconfig.log" kind export kubeconfig --name "$CLUSTER_NAME" --kubeconfig "$KUBECONFIG"
     fi
     command -v kubectl >/dev/null || "$CLUSTER_DIR/tools.sh" kubernetes
     kubectl wait --for=condition=Ready nodes --all --timeout=120s >/dev/null

@@ -15,7 +15,7 @@ work="$CACHE/node"
 root="$work/root"
 images="$work/images"
 
-"$CLUSTER_DIR/tools.sh"
+"$CLUSTER_DIR/tools.sh" kubernetes etcd coredns local-path-provisioner podnet
 debian_packages containerd=containerd jq=jq cc=gcc /usr/include/stdlib.h=libc6-dev
 kind_version="$(cd "$CLUSTER_DIR/tools/kind" && go list -m -f '{{.Version}}' sigs.k8s.io/kind)"
 kind_module="$(cd "$CLUSTER_DIR/tools/kind" && go mod download -json "sigs.k8s.io/kind@$kind_version" | jq -r .Dir)"
