@@ -20,7 +20,7 @@ use im_proto::links::{LINK_SILENCE_MAX, LinkEvent, LinkPool, MESSAGE_BYTES_MAX, 
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
@@ -108,6 +108,7 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
         metrics: Metrics::default(),
         fail_points: FailPoints::default(),
         leaving: AtomicBool::new(false),
+        held: watch::Sender::new(0),
         token: token.clone(),
     });
     let limits =
@@ -137,7 +138,10 @@ async fn leave(shell: &Shell, stop: impl Future<Output = ()>, grace: Duration) {
     let deadline = Instant::now() + grace;
     let release_at = deadline - (grace / 2).min(RELEASE_MAX);
     tracing::info!(?grace, "told to end: shards go elsewhere first");
-    let holds = || shell.metrics.0.lock().shards > 0;
+    let mut held = shell.held.subscribe();
+    // The count is that of the last tick, and shards may have come since.
+    let _ = held.changed().await;
+    let holds = || *held.borrow() > 0;
     let mut ticks = interval(TICK);
     while holds() && shell.control.lock().open.is_some() && Instant::now() < release_at {
         ticks.tick().await;
@@ -168,6 +172,8 @@ struct Shell {
     fail_points: FailPoints,
     /// It was told to end.
     leaving: AtomicBool,
+    /// Shards held, as of each tick.
+    held: watch::Sender<u64>,
     token: Option<String>,
 }
 
@@ -209,6 +215,7 @@ async fn run_core(shell: Arc<Shell>, store: Arc<dyn Store>, mut inbox: mpsc::Rec
                 let mut snapshot = shell.metrics.0.lock();
                 snapshot.stats = core.stats();
                 snapshot.shards = core.held().count() as u64;
+                shell.held.send_replace(snapshot.shards);
                 snapshot.cpu_cores = cpu.sample();
                 snapshot.links = shell.links.lock().len() as u64;
             }

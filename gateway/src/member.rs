@@ -46,8 +46,10 @@ struct MemberState {
     term: u64,
     /// A control stream is open.
     joined: bool,
-    /// What control wants to be shed per second; `None` = it wants it to serve.
+    /// What control wants to be shed per second while no more is accepted; `None` = it wants it to serve.
     drain_per_second: Option<f64>,
+    /// What it wants to be shed per second while it serves.
+    shed_per_second: Option<f64>,
     /// This process was told to end.
     ending: Option<Ending>,
 }
@@ -74,17 +76,33 @@ impl Member {
 
     /// Accepts no new connections and sheds the ones there are at this rate; 0 = sheds none.
     pub fn drain(&self, per_second: f64) {
-        let per_second = if per_second.is_finite() { per_second.max(0.0) } else { 0.0 };
+        let per_second = sane(per_second);
         tracing::info!(per_second, "draining");
-        self.state.lock().drain_per_second = Some(per_second);
+        {
+            let mut state = self.state.lock();
+            (state.drain_per_second, state.shed_per_second) = (Some(per_second), None);
+        }
         self.gateway.set_serving(false);
+    }
+
+    /// Serves, and sheds some of its connections: it has many more than others.
+    pub fn shed_at(&self, per_second: f64) {
+        let per_second = sane(per_second);
+        tracing::info!(per_second, "shedding what is too much here");
+        {
+            let mut state = self.state.lock();
+            (state.drain_per_second, state.shed_per_second) = (None, Some(per_second));
+        }
+        self.gateway.set_serving(true);
     }
 
     /// Serves again.
     pub fn undrain(&self) {
-        if self.state.lock().drain_per_second.take().is_some() {
+        let mut state = self.state.lock();
+        if state.drain_per_second.take().is_some() | state.shed_per_second.take().is_some() {
             tracing::info!("no longer draining");
         }
+        drop(state);
         self.gateway.set_serving(true);
     }
 
@@ -120,7 +138,9 @@ impl Member {
     /// Connections to shed per second, if any at all may be.
     fn rate(&self, now: Instant) -> Option<f64> {
         let state = self.state.lock();
-        let Some(Ending { since, grace }) = state.ending else { return state.drain_per_second };
+        let Some(Ending { since, grace }) = state.ending else {
+            return state.drain_per_second.or(state.shed_per_second);
+        };
         let order = state.drain_per_second.filter(|_| state.joined);
         let rate = ending_rate(order, state.joined, self.gateway.hub.connections(), now - since, grace);
         drop(state);
@@ -236,6 +256,7 @@ impl Member {
             command::Command::Map(map) => self.gateway.hub.on_map(term, &map),
             command::Command::Drain(drain) => self.drain(drain.per_second),
             command::Command::Undrain(_) => self.undrain(),
+            command::Command::Shed(shed) => self.shed_at(shed.per_second),
             // Commands to owners of shards.
             command::Command::Prepare(_)
             | command::Command::Release(_)
@@ -266,6 +287,11 @@ impl Member {
             ticks.tick().await;
         }
     }
+}
+
+/// A rate that came over the wire.
+fn sane(per_second: f64) -> f64 {
+    if per_second.is_finite() { per_second.max(0.0) } else { 0.0 }
 }
 
 /// Connections that a gateway sheds per second after it was told to end, `elapsed` of its `grace` ago; `None`: it waits for

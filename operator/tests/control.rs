@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use im_crds::ImCluster;
+use im_operator::control::proposal::APPROVE_ANNOTATION;
 use im_operator::control::status::Status;
 use im_operator::control::{ClusterKey, Clusters, ControlError, Leadership, Led, Setup, serve};
 use im_operator::platform::{Platform, PlatformError, Process, ProcessState, StoredMap, Tier, View};
@@ -60,7 +61,10 @@ struct Behaviour {
     /// Was told to end.
     leaving: AtomicBool,
     connections: AtomicU64,
+    /// The store refuses its writes.
+    refused: AtomicBool,
     drain_rates: Mutex<Vec<f64>>,
+    shed_rates: Mutex<Vec<f64>>,
     undrained: AtomicU64,
     terms: Mutex<BTreeSet<u64>>,
     map: Mutex<wire::Map>,
@@ -274,6 +278,7 @@ async fn join(
                     store_ok: true,
                     connections,
                     drained: draining && connections == 0,
+                    store_refuses: behaviour.refused.load(Ordering::Relaxed),
                     leaving: behaviour.leaving.load(Ordering::Relaxed),
                     ..Default::default()
                 };
@@ -323,6 +328,7 @@ async fn join(
                 }
             }
             Command::Drain(drain) => behaviour.drain_rates.lock().push(drain.per_second),
+            Command::Shed(shed) => behaviour.shed_rates.lock().push(shed.per_second),
             Command::Undrain(_) => {
                 behaviour.drain_rates.lock().clear();
                 behaviour.undrained.fetch_add(1, Ordering::Relaxed);
@@ -601,13 +607,12 @@ async fn members_that_were_told_to_end_are_emptied_first() {
 
     // By a signal: the member says so.
     machine.behaviour("business-2").leaving.store(true, Ordering::Relaxed);
-    let none = |s: &Status| {
-        settled(s) && !s.shards.per_member.contains_key("business-2") || s.shards.per_member["business-2"] == 0
-    };
-    control.eventually("its shards are elsewhere", none).await;
-    // By an eviction: the platform says so.
+    let shards = |s: &Status, name: &str| s.shards.per_member.get(name).copied().unwrap_or(0);
+    control.eventually("its shards are elsewhere", |s| settled(s) && shards(s, "business-2") == 0).await;
+    // By an eviction: the platform says so, and another one is started in its place.
     machine.show_stopping("business-1");
-    control.eventually("one has all", |s| settled(s) && shares(s) == [SHARDS]).await;
+    let moved = |s: &Status| settled(s) && shards(s, "business-1") == 0 && shards(s, "business-3") > 0;
+    control.eventually("its shards are elsewhere too", moved).await;
 
     // Gateways that go share the rate, however each came to go.
     for gateway in ["gateway-1", "gateway-2"] {
@@ -624,7 +629,7 @@ async fn members_that_were_told_to_end_are_emptied_first() {
 
     // The one that had the signal is started again under its name.
     machine.behaviour("business-2").leaving.store(false, Ordering::Relaxed);
-    control.eventually("it gets its share", |s| settled(s) && s.shards.per_member.get("business-2") > Some(&0)).await;
+    control.eventually("it gets its share", |s| settled(s) && shards(s, "business-2") > 0).await;
     control.end().await;
 }
 
@@ -663,4 +668,71 @@ async fn of_two_leaders_the_one_before_ends_and_commands_nobody() {
     assert_eq!((last.shards.term, last.shards.per_member), (after.shards.term, before.shards.per_member));
     resumed.abort();
     second.end().await;
+}
+
+fn approve(cluster: &ImCluster, hash: &str) -> ImCluster {
+    let mut cluster = cluster.clone();
+    let annotations = cluster.metadata.annotations.get_or_insert_default();
+    annotations.insert(APPROVE_ANNOTATION.to_owned(), hash.to_owned());
+    cluster
+}
+
+#[tokio::test]
+async fn what_is_recommended_runs_when_it_is_approved_and_only_that() {
+    let (machine, mut control, _) = two_members().await;
+    let mut edited = cluster(1, 3);
+    edited.spec.mode = im_crds::Mode::Recommend;
+    machine.edit(edited.clone());
+    let shown = |s: &Status| s.shards.proposal.clone().unwrap_or_else(|| panic!("nothing is shown"));
+    let status = control.eventually("a proposal", |s| s.shards.proposal.is_some()).await;
+    let first = shown(&status);
+    assert_eq!(first.what, ["business: 3 members instead of 2"]);
+
+    machine.edit(approve(&edited, "0123456789abcdef"));
+    let status = control.eventually("it is stale", |s| s.shards.stale_approval.is_some()).await;
+    assert_eq!((status.tiers.business.members.len(), shown(&status)), (2, first.clone()), "nothing was done");
+
+    machine.edit(approve(&edited, &first.hash));
+    let moves = |s: &Status| s.shards.proposal.as_ref().is_some_and(|proposal| proposal.moves > 0);
+    let status = control.eventually("it is done, and the next step is shown", moves).await;
+    assert_eq!((status.tiers.business.ready, shares(&status)), (3, vec![32, 32]), "no shard moves by that approval");
+    let acquisitions = machine.rows.acquisitions.load(Ordering::Relaxed);
+
+    let second = shown(&status);
+    machine.edit(approve(&edited, &second.hash));
+    let status = control.eventually("the shards move", |s| settled(s) && shares(s).len() == 3).await;
+    let moved = machine.rows.acquisitions.load(Ordering::Relaxed) - acquisitions;
+    assert_eq!(moved, second.moves as u64, "those of the plan that was shown");
+    assert_eq!(status.shards.stale_approval, None);
+    control.end().await;
+}
+
+#[tokio::test]
+async fn planned_moves_wait_while_the_store_refuses_writes() {
+    let (machine, mut control, _) = two_members().await;
+    machine.behaviour("business-0").refused.store(true, Ordering::Relaxed);
+    control.eventually("that is shown", |s| s.shards.waits.is_some()).await;
+    machine.edit(cluster(1, 3));
+    let rounds = Arc::new(AtomicU64::new(0));
+    let ready = |s: &Status| s.tiers.business.ready == 3 && rounds.fetch_add(1, Ordering::Relaxed) > 10;
+    let status = control.eventually("a third serves for ten looks", ready).await;
+    assert_eq!(shares(&status), [32, 32], "and gets nothing yet");
+    machine.behaviour("business-0").refused.store(false, Ordering::Relaxed);
+    control.eventually("now it does", |s| settled(s) && shares(s).len() == 3 && s.shards.waits.is_none()).await;
+    control.end().await;
+}
+
+#[tokio::test]
+async fn after_a_scale_out_a_crowded_gateway_sheds_slowly() {
+    let (machine, mut control, _) = two_members().await;
+    machine.behaviour("gateway-0").connections.store(9_000, Ordering::Relaxed);
+    machine.edit(cluster(3, 2));
+    let crowded = machine.behaviour("gateway-0");
+    // A quarter of what a drain may shed.
+    control.eventually("it sheds", |_| crowded.shed_rates.lock().last() == Some(&1.75)).await;
+    assert!(crowded.drain_rates.lock().is_empty(), "and goes on accepting");
+    let undrained = crowded.undrained.load(Ordering::Relaxed);
+    crowded.connections.store(30, Ordering::Relaxed);
+    control.eventually("it is level", |_| crowded.undrained.load(Ordering::Relaxed) > undrained).await;
+    control.end().await;
 }

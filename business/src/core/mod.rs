@@ -342,6 +342,8 @@ struct Schedule {
     /// A check is under way.
     checking: bool,
     last_answer: Duration,
+    /// When a write was refused, unless one succeeded since.
+    refused_at: Option<Duration>,
     last_load: Duration,
 }
 

@@ -15,6 +15,8 @@ use crate::store::{Acquired, Claim, Outcome, Released, ShardRow, StoreError};
 
 /// An owner that the store has not confirmed for so long answers nothing until it has.
 pub(super) const CONFIRMED_FOR: Duration = Duration::from_secs(2);
+/// A store that refused a write does so still, until one succeeds or nobody has tried for so long.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// How often held shards are confirmed when no commit does it.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How often control hears what is held.
@@ -323,6 +325,7 @@ impl Core {
     ) {
         match answer {
             Ok(StoreAnswer::Commit(outcomes)) if outcomes.len() == shards.len() => {
+                self.next.refused_at = None;
                 for ((shard, epoch), outcome) in shards.into_iter().zip(outcomes) {
                     let Some(owned) = owned_at(&mut self.slots, shard, epoch) else { continue };
                     match outcome {
@@ -346,6 +349,7 @@ impl Core {
             }
             Err(StoreError::Refused { reason }) => {
                 tracing::warn!(reason, "the store refuses writes");
+                self.next.refused_at = Some(self.env.now.mono);
                 for (shard, epoch) in shards {
                     if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
                         owned.refused(&mut self.env, &reason);
@@ -486,6 +490,7 @@ impl Core {
             held,
             loads,
             store_ok: now - self.next.last_answer < CONFIRMED_FOR,
+            store_refuses: self.next.refused_at.is_some_and(|at| now - at < REFUSED_FOR),
             term: self.term,
             number: self.number,
             messages_per_second: rate,

@@ -1,6 +1,7 @@
 //! The console: the status as JSON, a page that draws it, and the table of `imcluster status`.
 
 use crate::control::Clusters;
+use crate::control::proposal::APPROVE_ANNOTATION;
 use crate::control::status::{Status, TierStatus};
 use crate::metrics::{ScrapeError, export, get};
 use axum::Router;
@@ -122,7 +123,13 @@ fn draw(out: &mut String, status: &Status) -> std::fmt::Result {
         writeln!(out, "  over half of the members fell silent at once: nothing is taken from them for up to 15 s")?;
     }
     if let Some(proposal) = &shards.proposal {
-        writeln!(out, "  proposed: {} moves, plan {}", proposal.moves, proposal.hash)?;
+        writeln!(out, "\nPROPOSED  approve with the annotation {APPROVE_ANNOTATION}: \"{}\"", proposal.hash)?;
+        for sentence in &proposal.what {
+            writeln!(out, "  {sentence}")?;
+        }
+    }
+    for problem in shards.stale_approval.iter().chain(&shards.waits) {
+        writeln!(out, "  {problem}")?;
     }
     let nobody = || "nobody".to_owned();
     for moving in shards.moves.iter().take(8) {

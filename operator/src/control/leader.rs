@@ -1,19 +1,20 @@
 //! The one loop that decides. See [`Leader`].
 
 use super::ControlError;
+use super::proposal::{APPROVE_ANNOTATION, Change, Content, Proposals, Verdict};
 use super::scaling::{Measured, Scaler, Wanted};
 use super::service::{Incoming, Outbox, StreamId};
 use super::status::{
     DrainStatus, EVENTS_MAX, Event as Happening, FileStatus, MOVES_LISTED_MAX, MemberStatus, MoveStatus, Proposal,
     Shards, Status, TierStatus, Tiers, member_state, no_message_lost, rfc3339,
 };
-use super::tiers::{Stage, Step, TierMember, drain_rate, next_steps};
+use super::tiers::{Stage, Step, TierMember, drain_rate, level_rate, next_steps};
 use crate::autoscale::MemberState;
 use crate::metrics::{Sample, scrape};
 use crate::platform::process::STOP_GRACE;
 use crate::platform::{Platform, PlatformError, Process, ProcessState, Role, StoredMap, Tier, View};
 use crate::shards::moves::Phase;
-use crate::shards::{Action, Coordinator, Event, Ownership, ShardMap, Snapshot, Timing, plan};
+use crate::shards::{Action, Coordinator, Event, Ownership, Plan, Proposed, ShardMap, Snapshot, Timing, plan};
 use futures::future::join_all;
 use im_crds::{ImCluster, Mode, Scaling};
 use im_proto::control::{self as wire, Role as WireRole, command::Command, report::Report};
@@ -44,6 +45,10 @@ const PLATFORM_TIMEOUT: Duration = Duration::from_secs(10);
 const EMPTY_DEADLINE: Duration = Duration::from_secs(120);
 /// An emptied business member stays that long, so that senders hear from itself who has its shards now.
 const EMPTY_LINGER: Duration = Duration::from_secs(1);
+/// So long after a gateway came others that have far more connections shed some.
+const LEVEL_WINDOW: Duration = Duration::from_secs(900);
+/// An approved change of a tier that is not done by then is given up.
+const APPROVED_FOR: Duration = Duration::from_secs(1_800);
 /// A drain rate is told anew when it changed by this part.
 const RATE_CHANGE: f64 = 0.05;
 
@@ -73,11 +78,24 @@ struct Link {
     sample: Option<(Duration, Sample)>,
 }
 
+/// What may be done without being asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Acts {
+    /// Everything: mode `Auto`.
+    Freely,
+    /// What somebody approved: mode `Recommend`.
+    Approved,
+    /// Nothing: paused.
+    Never,
+}
+
 /// What a gateway is to do with its connections.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Order {
     /// Take what comes.
     Serve,
+    /// Take what comes, and shed so many a second of what is there.
+    Shed(f64),
     /// Accept no more, and shed so many a second.
     Drain(f64),
 }
@@ -86,7 +104,9 @@ impl Order {
     /// Whether that is news to somebody who was told `told`.
     fn is_news(self, told: Option<Self>) -> bool {
         match (self, told) {
-            (Self::Drain(rate), Some(Self::Drain(told))) => (told - rate).abs() > RATE_CHANGE * told.max(1.0),
+            (Self::Drain(rate), Some(Self::Drain(told))) | (Self::Shed(rate), Some(Self::Shed(told))) => {
+                (told - rate).abs() > RATE_CHANGE * told.max(1.0)
+            }
             (order, told) => told != Some(order),
         }
     }
@@ -100,6 +120,7 @@ struct Beat {
     cpu_cores: f64,
     drained: bool,
     leaving: bool,
+    store_refuses: bool,
     watermark_lag_s: f64,
 }
 
@@ -131,6 +152,8 @@ struct TierState {
     leaving: BTreeMap<String, Leaving>,
     /// The platform is at work for this tier: the next steps wait until its outcome is known.
     acting: bool,
+    /// A change that was approved and is under way, and since when.
+    approved: Option<(Change, Duration)>,
 }
 
 /// What was done off the loop.
@@ -157,6 +180,8 @@ pub struct Leader<P> {
     coordinator: Coordinator,
     /// Until then control is new and only listens.
     hearing_until: Duration,
+    /// Since control began, every process that there was had dialled in once.
+    all_heard: bool,
     links: HashMap<MemberId, Link>,
     /// Where owners listened before control was started, until they dial in.
     remembered: BTreeMap<MemberId, String>,
@@ -165,7 +190,13 @@ pub struct Leader<P> {
     spread: BTreeMap<String, Spread>,
     /// Holes ever told of, by who told.
     holes: BTreeMap<MemberId, u64>,
-    proposal: Option<Proposal>,
+    proposals: Proposals,
+    /// Why the last approval led to nothing.
+    stale_approval: Option<String>,
+    /// Why planned moves wait.
+    waits: Option<String>,
+    /// When a gateway began to serve last: connections are levelled for a while after that.
+    gateway_came: Duration,
     map_changed: bool,
     map_sent: Instant,
     /// The last term that was stored. Nobody hears of another one: who can't store it does not lead.
@@ -217,13 +248,17 @@ impl<P: Platform> Leader<P> {
             began,
             coordinator,
             hearing_until: setup.timing.hearing,
+            all_heard: false,
             links: HashMap::new(),
             remembered,
             gateway: TierState::default(),
             business: TierState::default(),
             spread: BTreeMap::new(),
             holes: BTreeMap::new(),
-            proposal: None,
+            proposals: Proposals::default(),
+            stale_approval: None,
+            waits: None,
+            gateway_came: Duration::ZERO,
             // What was stored is the best there is until the members were heard.
             map_changed: true,
             map_sent: began,
@@ -301,23 +336,28 @@ impl<P: Platform> Leader<P> {
         !self.hears() && self.stored_term == self.coordinator.version().term
     }
 
-    /// Stops listening as soon as every process of both tiers has dialled in: there is nobody left to wait for.
+    /// Once every process of both tiers has dialled in there is nobody left to listen for, and owners that are not among
+    /// them have ended.
     fn end_hearing(&mut self) {
         let lives = |process: &&Process| Tier::of(process.role).is_some() && process.state != ProcessState::Waiting;
         let mut tiers = self.view.processes.iter().filter(lives).peekable();
         let somebody = tiers.peek().is_some();
         let all = tiers.all(|process| self.live_link(process).is_some());
         let ordered = Tier::ALL.iter().any(|tier| self.view.ordered.of(*tier) > 0 || self.tier_state(*tier).acting);
-        if self.hears() && somebody && all && !ordered {
+        if self.all_heard || !somebody || !all || ordered {
+            return;
+        }
+        self.all_heard = true;
+        if self.hears() {
             self.hearing_until = self.now();
             self.coordinator.end_hearing(self.hearing_until);
             self.map_changed = true;
-            // The platform shows every process there is, and each has said who it is: other owners have ended.
-            let owners = self.coordinator.map().rows().iter().filter_map(|row| row.owner.as_ref());
-            let ended: BTreeSet<MemberId> = owners.filter(|owner| !self.links.contains_key(*owner)).cloned().collect();
-            for member in ended {
-                self.decide(Event::MemberGone { member, confirmed_dead: true });
-            }
+        }
+        // The platform shows every process there is, and each has said who it is.
+        let owners = self.coordinator.map().rows().iter().filter_map(|row| row.owner.as_ref());
+        let ended: BTreeSet<MemberId> = owners.filter(|owner| !self.links.contains_key(*owner)).cloned().collect();
+        for member in ended {
+            self.decide(Event::MemberGone { member, confirmed_dead: true });
         }
     }
 
@@ -450,6 +490,9 @@ impl<P: Platform> Leader<P> {
         if known.is_none() {
             self.tell(format!("{} joined, pid {}", member.name(), hello.pid));
             // Who was told to end has ended, and this is the one after it.
+            if tier == Tier::Gateway {
+                self.gateway_came = now;
+            }
             let leaving = &mut self.tier(tier).leaving;
             if leaving.get(member.name()).is_some_and(|leaving| leaving.by_itself) {
                 leaving.remove(member.name());
@@ -526,6 +569,7 @@ impl<P: Platform> Leader<P> {
                     cpu_cores: beat.cpu_cores,
                     drained: beat.drained,
                     leaving: beat.leaving,
+                    store_refuses: beat.store_refuses,
                     watermark_lag_s: beat.watermark_lag_s,
                 };
                 let tier = link.tier;
@@ -750,8 +794,10 @@ impl<P: Platform> Leader<P> {
             self.remembered.clear();
             self.map_changed = true;
         }
+        self.note_refusals();
         let snapshot = self.coordinator.snapshot(now);
-        let acts = self.cluster.spec.mode == Mode::Auto && !self.cluster.spec.paused;
+        let acts = self.acts();
+        let mut changes = Vec::new();
         for tier in Tier::ALL {
             self.note_leaving(tier, &snapshot);
             self.note_empty(tier, &snapshot);
@@ -769,20 +815,70 @@ impl<P: Platform> Leader<P> {
                 let because = wanted.because.first().map(|reason| format!(": {reason}")).unwrap_or_default();
                 self.tell(format!("{tier}: {} wanted{because}", wanted.replicas));
             }
-            if self.tier(tier).acting {
-                continue;
-            }
+            let change = proposed_change(tier, wanted.replicas, &members, ordered);
             // Somebody has to be there before anything can be paused or recommended.
-            let steps = match (acts, members.is_empty()) {
-                (true, _) => next_steps(tier, wanted.replicas, &members, ordered),
-                (false, true) => next_steps(tier, scaling.initial(), &[], ordered),
-                (false, false) => vec![],
+            let steps = match acts {
+                _ if self.tier(tier).acting => vec![],
+                _ if members.is_empty() && acts != Acts::Freely => next_steps(tier, scaling.initial(), &[], ordered),
+                Acts::Freely => next_steps(tier, wanted.replicas, &members, ordered),
+                Acts::Approved => self.approved_steps(tier, &members, ordered),
+                Acts::Never => vec![],
             };
+            // What was approved, or is on its way, is not proposed again.
+            if !members.is_empty() && self.tier(tier).approved.is_none() && !self.tier(tier).acting {
+                changes.extend(change);
+            }
             self.take(tier, steps, &snapshot);
         }
         self.spread_connections();
-        self.order_gateways();
-        self.plan(acts);
+        self.order_gateways(acts);
+        self.plan(acts, changes);
+    }
+
+    fn acts(&self) -> Acts {
+        match (self.cluster.spec.paused, self.cluster.spec.mode) {
+            (true, _) => Acts::Never,
+            (false, Mode::Recommend) => Acts::Approved,
+            (false, Mode::Auto) => Acts::Freely,
+        }
+    }
+
+    /// The steps of a tier that may only do what was approved, and may finish what it began.
+    fn approved_steps(&mut self, tier: Tier, members: &[TierMember], ordered: u32) -> Vec<Step> {
+        let now = self.now();
+        let approved = self.tier(tier).approved;
+        let replaces = approved.is_some_and(|(change, _)| change.outdated > 0);
+        let relevant = |member: &TierMember| TierMember { outdated: member.outdated && replaces, ..member.clone() };
+        let members: Vec<TierMember> = members.iter().map(relevant).collect();
+        let serves = |member: &&TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
+        let count = members.iter().filter(serves).count() as u32 + ordered;
+        let target = approved.map_or(count, |(change, _)| change.to);
+        let settled = members.iter().all(|member| member.stage == Stage::Ready && !member.outdated);
+        if let Some((_, since)) = approved {
+            let done = ordered == 0 && count == target && settled;
+            if done || now.saturating_sub(since) >= APPROVED_FOR {
+                self.tier(tier).approved = None;
+                let how = if done { "is done" } else { "could not be done in time; what is missing is proposed anew" };
+                self.tell(format!("{tier}: what was approved {how}"));
+            }
+        }
+        next_steps(tier, target, &members, ordered)
+    }
+
+    /// Lets planned moves wait while the store refuses writes: each begins and ends with one.
+    fn note_refusals(&mut self) {
+        let now = self.now();
+        let refuses = |(member, link): (&MemberId, &Link)| {
+            let fresh = now.saturating_sub(link.heard) < HEARD_WITHIN;
+            (fresh && link.beat.store_refuses).then(|| member.name().to_owned())
+        };
+        let waits = self.links.iter().find_map(refuses);
+        let waits = waits.map(|name| format!("planned moves wait: the store refuses the writes of {name}"));
+        if waits.is_some() != self.waits.is_some() {
+            self.tell(waits.clone().unwrap_or_else(|| "the store takes writes again: planned moves go on".to_owned()));
+        }
+        self.coordinator.hold_planned(waits.is_some());
+        self.waits = waits;
     }
 
     /// Notes who goes by itself: it was told to end by somebody else (an eviction, a signal) and lives until it is empty.
@@ -963,7 +1059,7 @@ impl<P: Platform> Leader<P> {
     }
 
     /// Tells each gateway whether it drains and how fast, as the others' room changes. All that drain share one budget.
-    fn order_gateways(&mut self) {
+    fn order_gateways(&mut self, acts: Acts) {
         // Who was told to drain by the leader before goes on until it is clear who drains.
         if !self.may_command() {
             return;
@@ -976,18 +1072,30 @@ impl<P: Platform> Leader<P> {
                 live.push((process, member, link, self.gateway.leaving.get(&process.name)));
             }
         }
-        let others: Vec<u64> = live
+        let others: Vec<(&MemberId, u64)> = live
             .iter()
             .filter(|(.., leaving)| leaving.is_none())
-            .map(|(_, _, link, _)| link.beat.connections)
+            .map(|(_, member, link, _)| (*member, link.beat.connections))
             .collect();
         let draining = live.len() - others.len();
         let limits = &gateway.limits;
-        let rate = drain_rate(gateway.drain.rate, limits.connect_rate, limits.max_connections, draining, &others);
+        let held: Vec<u64> = others.iter().map(|(_, held)| *held).collect();
+        let rate = drain_rate(gateway.drain.rate, limits.connect_rate, limits.max_connections, draining, &held);
         let mut orders = Vec::new();
         for (process, member, link, leaving) in live {
             let order = match leaving {
-                None => Order::Serve,
+                None => {
+                    let (held, sheds) = (link.beat.connections, matches!(link.told, Some(Order::Shed(_))));
+                    let rest = others.iter().filter(|(other, _)| *other != member).map(|(_, held)| *held);
+                    let levels = acts == Acts::Freely && now.saturating_sub(self.gateway_came) < LEVEL_WINDOW;
+                    let (most, intake) = (gateway.drain.rate, limits.connect_rate);
+                    let rest = rest.collect::<Vec<u64>>();
+                    let rate = level_rate(held, sheds, most, intake, limits.max_connections, &rest);
+                    // Drains can't wait, and their connections have to go somewhere too.
+                    rate.filter(|_| levels && draining == 0).map_or(Order::Serve, Order::Shed)
+                }
+                // What is paused keeps what it has.
+                Some(leaving) if acts == Acts::Never && !leaving.by_itself => Order::Drain(0.0),
                 // Until load balancers noticed, who comes is let in.
                 Some(leaving) => {
                     let unserved = self.unserved_since(process, leaving);
@@ -1005,6 +1113,7 @@ impl<P: Platform> Leader<P> {
                 &member,
                 match order {
                     Order::Serve => Command::Undrain(wire::Undrain {}),
+                    Order::Shed(per_second) => Command::Shed(wire::Shed { per_second }),
                     Order::Drain(per_second) => Command::Drain(wire::Drain { per_second }),
                 },
             );
@@ -1014,25 +1123,80 @@ impl<P: Platform> Leader<P> {
         }
     }
 
-    fn plan(&mut self, acts: bool) {
-        self.proposal = None;
-        let Some(input) = self.coordinator.plan_input(self.now()) else { return };
-        let proposed = plan(&input);
-        if proposed.moves().is_empty() {
+    /// Plans the shards' moves, and runs what may be run.
+    fn plan(&mut self, acts: Acts, changes: Vec<Change>) {
+        let proposed = self.coordinator.plan_input(self.now()).map(|input| plan(&input));
+        if acts == Acts::Freely {
+            self.proposals.clear();
+            self.stale_approval = None;
+            self.gateway.approved = None;
+            self.business.approved = None;
+            if let Some(proposed) = proposed.filter(|proposed| !proposed.moves().is_empty()) {
+                self.begin(proposed);
+            }
             return;
         }
+        // Who goes by itself takes its shards with it whether or not anybody says yes, and what was approved to leave has
+        // to be emptied.
+        let goes = |name: &str| {
+            let leaving = self.business.leaving.get(name);
+            leaving.is_some_and(|leaving| leaving.by_itself || acts == Acts::Approved)
+        };
+        let moves = proposed.map(|proposed| proposed.moves().to_vec()).unwrap_or_default();
+        let (due, optional): (Vec<_>, Vec<_>) =
+            moves.into_iter().partition(|planned| planned.from.as_ref().is_some_and(|from| goes(from.name())));
+        if !due.is_empty() {
+            return self.begin(Plan::new(due));
+        }
+        let fresh = Content { plan: Plan::new(optional), changes };
+        let (now, term) = (self.now(), self.coordinator.version().term);
+        let coordinator = &self.coordinator;
+        let fits = |shown: &Plan<Proposed>| {
+            let able = |planned: &crate::shards::Move| coordinator.is_usable(now, &planned.to);
+            shown.moves().iter().all(able)
+                && shown.clone().approve(shown.hash()).is_ok_and(|approved| approved.commit(coordinator.map()).is_ok())
+        };
+        self.proposals.show(now, term, fresh, fits);
+        if acts == Acts::Approved {
+            self.approve();
+        }
+    }
+
+    /// Runs a plan just as it is.
+    fn begin(&mut self, proposed: Plan<Proposed>) {
         let (hash, moves) = (proposed.hash(), proposed.moves().len());
-        if !acts {
-            self.proposal = Some(Proposal { hash: format!("{hash:016x}"), moves });
-            return;
-        }
-        // In mode Auto what is shown is approved as it is.
         match proposed.approve(hash).and_then(|approved| approved.commit(self.coordinator.map())) {
             Ok(committed) => {
                 self.tell(format!("{moves} shards move, plan {hash:016x}"));
                 self.decide(Event::NewPlan(committed));
             }
             Err(error) => tracing::info!("{error}"),
+        }
+    }
+
+    /// Does what the ImCluster's annotation approves, if that is what is shown.
+    fn approve(&mut self) {
+        let now = self.now();
+        let annotations = self.cluster.metadata.annotations.as_ref();
+        let approval = annotations.and_then(|annotations| annotations.get(APPROVE_ANNOTATION)).cloned();
+        match self.proposals.approve(approval.as_deref()) {
+            Verdict::Nothing if approval.is_none() => self.stale_approval = None,
+            Verdict::Nothing => {}
+            Verdict::Stale(reason) => {
+                self.tell(reason.clone());
+                self.stale_approval = Some(reason);
+            }
+            Verdict::Run(content) => {
+                self.stale_approval = None;
+                self.tell(format!("approved: {}", content.sentences().join("; ")));
+                for change in content.changes {
+                    self.tier(change.tier).approved = Some((change, now));
+                }
+                if !content.plan.moves().is_empty() {
+                    self.begin(content.plan);
+                }
+                self.round_due = true;
+            }
         }
     }
 
@@ -1209,7 +1373,13 @@ impl<P: Platform> Leader<P> {
             moves: moves.collect(),
             degraded: snapshot.degraded,
             hearing: snapshot.hearing,
-            proposal: self.proposal.clone(),
+            proposal: self.proposals.shown().map(|shown| Proposal {
+                hash: shown.hash.clone(),
+                moves: shown.content.plan.moves().len(),
+                what: shown.content.sentences(),
+            }),
+            stale_approval: self.stale_approval.clone(),
+            waits: self.waits.clone(),
         }
     }
 }
@@ -1229,6 +1399,14 @@ fn held_or_coming(snapshot: &Snapshot, member: &MemberId) -> u64 {
         .iter()
         .filter(|moving| moving.to.as_ref() == Some(member) && moving.from.as_ref() != Some(member));
     held + coming.count() as u64
+}
+
+/// What would have to be done with a tier, if anything.
+fn proposed_change(tier: Tier, wanted: u32, members: &[TierMember], ordered: u32) -> Option<Change> {
+    let serves = |member: &&TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
+    let from = members.iter().filter(serves).count() as u32 + ordered;
+    let outdated = members.iter().filter(serves).filter(|member| member.outdated).count() as u32;
+    (from != wanted || outdated > 0).then_some(Change { tier, from, to: wanted, outdated })
 }
 
 /// Whether it is this process that dialled in.

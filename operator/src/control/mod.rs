@@ -7,6 +7,7 @@
 
 mod clusters;
 mod leader;
+pub mod proposal;
 mod scaling;
 mod service;
 pub mod status;

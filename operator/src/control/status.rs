@@ -152,6 +152,12 @@ pub struct Shards {
     /// What is proposed while the mode is `Recommend`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proposal: Option<Proposal>,
+    /// Why the last approval led to nothing, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale_approval: Option<String>,
+    /// Why planned moves wait, if they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waits: Option<String>,
 }
 
 /// One shard under way.
@@ -168,14 +174,16 @@ pub struct MoveStatus {
     pub phase: String,
 }
 
-/// A plan that nobody has approved.
+/// Something that nobody has approved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Proposal {
-    /// Hash of its content.
+    /// The value of the annotation `imcluster.dev/approve` that approves it.
     pub hash: String,
     /// How many shards would move.
     pub moves: usize,
+    /// One sentence for each thing that would be done.
+    pub what: Vec<String>,
 }
 
 /// What can be said, and why.

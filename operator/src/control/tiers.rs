@@ -126,6 +126,39 @@ pub fn drain_rate(rate_max: u32, connect_rate: u32, connections_max: u32, draini
     intake.min(f64::from(rate_max)).min(room as f64) / draining.max(1) as f64
 }
 
+/// A gateway this much above the mean sheds some of its connections …
+const CROWDED: f64 = 1.5;
+/// … until it is only so much above it.
+const LEVEL: f64 = 1.1;
+/// Fewer than so many above the mean are not worth a reconnect.
+const CROWD_MIN: f64 = 100.0;
+/// In about that time the crowd has gone, if there is room.
+const LEVEL_SECONDS: f64 = 60.0;
+/// The part of what others can take in that levelling may use: drains, which can't wait, have the rest.
+const LEVEL_PART: f64 = 0.25;
+
+/// Connections a second that a gateway which serves is to shed because it holds `own` and the `others` far fewer, as after
+/// a scale-out: long-lived connections don't move by themselves. `None`: it keeps them. `sheds`: it does so already.
+pub fn level_rate(
+    own: u64,
+    sheds: bool,
+    rate_max: u32,
+    connect_rate: u32,
+    connections_max: u32,
+    others: &[u64],
+) -> Option<f64> {
+    let own = own as f64;
+    let mean = (own + others.iter().map(|held| *held as f64).sum::<f64>()) / (others.len() + 1) as f64;
+    let begins = own > mean * CROWDED && own - mean >= CROWD_MIN;
+    let goes_on = sheds && own > mean * LEVEL;
+    if !(begins || goes_on) {
+        return None;
+    }
+    let below: Vec<u64> = others.iter().copied().filter(|held| (*held as f64) < mean).collect();
+    let intake = drain_rate(rate_max, connect_rate, connections_max, 1, &below) * LEVEL_PART;
+    Some(((own - mean) / LEVEL_SECONDS).max(1.0).min(intake)).filter(|rate| *rate > 0.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -247,6 +280,25 @@ mod tests {
         assert_eq!(drain_rate(500, 1_000, 10_000, 2, &[0, 0]), 200.0);
         assert_eq!(drain_rate(500, 1_000, 10_000, 1, &[10_000]), 0.0);
         assert_eq!(drain_rate(500, 1_000, 10_000, 1, &[]), 0.0);
+    }
+
+    #[test]
+    fn a_crowded_gateway_sheds_slowly_and_only_while_it_is_far_above_the_mean() {
+        let rate = |own, sheds, others: &[u64]| level_rate(own, sheds, 500, 1_000, 15_000, others);
+        // 9,000 and two newcomers: 6,000 above the mean, in a minute; they take in 200 a second each.
+        assert_eq!(rate(9_000, false, &[0, 0]), Some(100.0));
+        assert_eq!(rate(12_000, false, &[0, 0]), Some(100.0), "a quarter of what they take in");
+        assert_eq!(rate(4_400, false, &[3_000, 3_000]), None, "not far enough above");
+        assert_eq!(
+            rate(4_400, true, &[3_000, 3_000]),
+            Some((4_400.0 - 10_400.0 / 3.0) / 60.0),
+            "once begun it goes on"
+        );
+        assert_eq!(rate(3_200, true, &[3_000, 3_000]), None, "level enough");
+        assert_eq!(rate(90, false, &[0, 0]), None, "not worth it");
+        assert_eq!(rate(9_000, false, &[]), None, "alone");
+        assert_eq!(rate(15_000, false, &[14_000, 100]), Some(50.0), "who is full too takes nothing in");
+        assert_eq!(level_rate(20_000, false, 500, 1_000, 8_000, &[8_000, 8_000]), None, "no room");
     }
 
     fn any_stage() -> impl Strategy<Value = Stage> {
