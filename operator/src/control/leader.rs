@@ -1,20 +1,20 @@
 //! The one loop that decides. See [`Leader`].
 
 use super::ControlError;
-use super::scaling::{Measured, Scaler, Wanted};
+use super::scaling::{Observed, Scaler, Wanted, clock};
 use super::service::{Incoming, Outbox, StreamId};
 use super::status::{
     DrainStatus, EVENTS_MAX, Event as Happening, FileStatus, MOVES_LISTED_MAX, MemberStatus, MoveStatus, Proposal,
     Shards, Status, TierStatus, Tiers, member_state, no_message_lost, rfc3339,
 };
 use super::tiers::{Stage, Step, TierMember, drain_rate, next_steps};
-use crate::autoscale::MemberState;
-use crate::metrics::{Sample, scrape};
+use crate::autoscale::{Member, MemberState};
+use crate::metrics::round::Connector;
+use crate::metrics::{self, Endpoint, Request, Round, Signals, Target, measure};
 use crate::platform::process::STOP_GRACE;
 use crate::platform::{Platform, PlatformError, Process, ProcessState, Role, StoredMap, Tier, View};
 use crate::shards::moves::Phase;
 use crate::shards::{Action, Coordinator, Event, Ownership, ShardMap, Snapshot, Timing, plan};
-use futures::future::join_all;
 use im_crds::{ImCluster, Mode, Scaling};
 use im_proto::control::{self as wire, Role as WireRole, command::Command, report::Report};
 use im_proto::ids::MemberId;
@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
 
@@ -52,6 +52,8 @@ const RATE_CHANGE: f64 = 0.05;
 pub struct Setup {
     /// Deadlines of the shards' moves.
     pub timing: Timing,
+    /// Where the load is measured.
+    pub metrics: metrics::Setup,
 }
 
 /// One process that dialled in.
@@ -70,7 +72,6 @@ struct Link {
     told: Option<Order>,
     heard: Duration,
     beat: Beat,
-    sample: Option<(Duration, Sample)>,
 }
 
 /// What a gateway is to do with its connections.
@@ -162,6 +163,9 @@ pub struct Leader<P> {
     remembered: BTreeMap<MemberId, String>,
     gateway: TierState,
     business: TierState,
+    signals: Signals,
+    /// Goes into each round of measuring and comes back after it.
+    connector: Arc<Mutex<Connector>>,
     spread: BTreeMap<String, Spread>,
     /// Holes ever told of, by who told.
     holes: BTreeMap<MemberId, u64>,
@@ -221,6 +225,8 @@ impl<P: Platform> Leader<P> {
             remembered,
             gateway: TierState::default(),
             business: TierState::default(),
+            signals: Signals::default(),
+            connector: Arc::default(),
             spread: BTreeMap::new(),
             holes: BTreeMap::new(),
             proposal: None,
@@ -246,7 +252,7 @@ impl<P: Platform> Leader<P> {
     /// # Errors
     /// [`PlatformError::Outranked`] when somebody else leads the cluster by now.
     pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Incoming>) -> Result<(), ControlError> {
-        let (samples, mut scraped) = mpsc::channel::<Vec<(MemberId, Option<Sample>)>>(1);
+        let (rounds_of_measuring, mut measured) = mpsc::channel::<Round>(1);
         let mut sweeps = interval(SWEEP_INTERVAL);
         let mut rounds = interval(ROUND_INTERVAL);
         sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -265,7 +271,7 @@ impl<P: Platform> Leader<P> {
                     Err(_) => return Ok(()),
                 },
                 Some(done) = self.tasks.join_next() => self.on_done(done)?,
-                Some(measured) = scraped.recv() => self.on_samples(measured),
+                Some(round) = measured.recv() => self.on_measured(round),
                 () = sleep_until(map_due.into()), if self.map_changed && self.may_command() => self.send_map(),
                 _ = sweeps.tick() => {
                     self.decide(Event::Tick);
@@ -281,7 +287,7 @@ impl<P: Platform> Leader<P> {
                 }
                 _ = rounds.tick() => {
                     self.round_due = true;
-                    self.measure(&samples);
+                    self.measure(&rounds_of_measuring);
                 }
             }
         }
@@ -469,7 +475,6 @@ impl<P: Platform> Leader<P> {
             told: None,
             heard: now,
             beat: known.as_ref().map(|link| link.beat).unwrap_or_default(),
-            sample: known.and_then(|link| link.sample),
         };
         self.links.insert(member.clone(), link);
         self.hear_term(hello.term);
@@ -756,13 +761,17 @@ impl<P: Platform> Leader<P> {
             self.note_leaving(tier, &snapshot);
             self.note_empty(tier, &snapshot);
             let members = self.tier_members(tier, &snapshot);
-            let measured = self.measured(tier);
+            let observed = self.observed(tier);
             let cluster = self.cluster.clone();
             let scaling = scaling(&cluster, tier);
             let rolling =
                 members.iter().any(|member| member.outdated && matches!(member.stage, Stage::Starting | Stage::Ready));
             let ordered = self.view.ordered.of(tier);
-            let wanted = self.tier(tier).scaler.decide(now, scaling, &measured, ordered, rolling);
+            let mut scaler = std::mem::take(&mut self.tier(tier).scaler);
+            let observed = Observed { tier, members: &observed, ordered, rolling, signals: &self.signals };
+            let wanted = scaler.decide(now, scaling, &observed);
+            self.tier(tier).scaler = scaler;
+            self.setup.metrics.counts.decided(&self.name(), tier, wanted.replicas, &wanted.metrics);
             let changed = self.tier(tier).wanted.replicas != wanted.replicas;
             self.tier(tier).wanted = wanted.clone();
             if changed {
@@ -1038,49 +1047,53 @@ impl<P: Platform> Leader<P> {
 
     // ---- measuring ----------------------------------------------------------------------------------------------------
 
-    /// Scrapes every live member, off this loop; while one round of it is under way there is no second.
-    fn measure(&self, samples: &mpsc::Sender<Vec<(MemberId, Option<Sample>)>>) {
-        let Ok(permit) = samples.clone().try_reserve_owned() else { return };
-        let now = self.now();
-        let targets: Vec<(MemberId, String)> = self
-            .links
-            .iter()
-            .filter(|(_, link)| !link.admin_address.is_empty() && now.saturating_sub(link.heard) < HEARD_WITHIN)
-            .map(|(member, link)| (member.clone(), link.admin_address.clone()))
-            .collect();
+    /// Measures every live member, off this loop; while one round of it is under way there is no second.
+    fn measure(&self, rounds: &mpsc::Sender<Round>) {
+        let Ok(permit) = rounds.clone().try_reserve_owned() else { return };
+        let live = self.links.iter().filter(|(_, link)| self.now().saturating_sub(link.heard) < HEARD_WITHIN);
+        let targets = live.map(|(member, link)| Target {
+            name: member.name().to_owned(),
+            tier: link.tier,
+            address: link.admin_address.clone(),
+        });
+        let request = Request::of(&self.cluster, targets.collect(), clock(self.now()));
+        let (cluster, setup, connector) = (self.cluster.clone(), self.setup.metrics.clone(), self.connector.clone());
         tokio::spawn(async move {
-            let measured = join_all(targets.into_iter().map(|(member, address)| async move {
-                let sample = scrape(&address).await.inspect_err(|error| tracing::debug!(%member, %error, "scrape"));
-                (member, sample.ok())
-            }));
-            permit.send(measured.await);
+            let read = tokio::task::spawn_blocking(move || Endpoint::of(&cluster, &setup)).await;
+            let Ok(endpoint) = read else { return };
+            permit.send(measure(&mut *connector.lock().await, endpoint, &request).await);
         });
     }
 
-    fn on_samples(&mut self, measured: Vec<(MemberId, Option<Sample>)>) {
-        let now = self.now();
-        for (member, sample) in measured {
-            if let (Some(link), Some(sample)) = (self.links.get_mut(&member), sample) {
-                link.sample = Some((now, sample));
-            }
+    fn on_measured(&mut self, round: Round) {
+        for error in round.prometheus.iter().flat_map(metrics::round::Answers::errors) {
+            self.setup.metrics.counts.failed(&self.name(), error.reason());
         }
+        let members = self.view.processes.iter().map(|process| process.name.clone()).collect();
+        self.signals.absorb(&rfc3339(SystemTime::now()), &members, round);
     }
 
     /// What the autoscaler sees.
-    fn measured(&self, tier: Tier) -> Vec<Measured> {
+    fn observed(&self, tier: Tier) -> Vec<Member> {
         let leaving = &self.tier_state(tier).leaving;
         let processes = self.view.processes.iter().filter(|process| Tier::of(process.role) == Some(tier));
-        let measured = processes.map(|process| {
-            let live = self.live_link(process);
+        let observed = processes.map(|process| {
             let goes = process.state == ProcessState::Stopping || leaving.contains_key(&process.name);
-            let state = match (goes, live) {
+            let state = match (goes, self.live_link(process)) {
                 (true, _) => MemberState::Draining,
                 (false, Some(_)) => MemberState::Ready,
                 (false, None) => MemberState::Starting,
             };
-            Measured { name: process.name.clone(), state, sample: live.and_then(|(_, link)| link.sample) }
+            Member { name: process.name.clone(), state }
         });
-        measured.collect()
+        observed.collect()
+    }
+
+    /// What metrics call this cluster.
+    fn name(&self) -> String {
+        let metadata = &self.cluster.metadata;
+        let namespace = metadata.namespace.as_deref().unwrap_or("default");
+        format!("{namespace}/{}", metadata.name.as_deref().unwrap_or_default())
     }
 
     // ---- status -------------------------------------------------------------------------------------------------------
