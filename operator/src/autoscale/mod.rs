@@ -378,4 +378,6 @@ fn apply_policies(chain: &mut Chain, input: &Input<'_>, history: &History, curre
 }
 
 #[cfg(test)]
+mod comparison;
+#[cfg(test)]
 mod tests;

@@ -79,7 +79,11 @@ mod tests {
     use super::*;
     use crate::autoscale::MemberState;
     use crate::metrics::{Round, Sample};
-    use im_crds::ImCluster;
+    use crate::metrics::PrometheusError;
+    use crate::metrics::prometheus::{Aged, Answer};
+    use crate::metrics::round::Answers;
+    use im_crds::{BuiltIn, ImCluster};
+    use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
 
     fn cluster() -> ImCluster {
@@ -141,5 +145,151 @@ mod tests {
         assert_eq!(machine.decide(0, scaling, &crowd, true).replicas, 2);
         assert_eq!(machine.decide(20, scaling, &crowd, false).replicas, 4);
         assert_eq!(machine.decide(20, Scaling::Fixed(3), &crowd, true).replicas, 3);
+    }
+
+    /// What happens in one round of measuring.
+    #[derive(Clone, Debug)]
+    struct Weather {
+        prometheus: Sky,
+        /// Which members can be scraped directly: bit i for member i.
+        scraped: u8,
+        /// Connections of all members together; with another digit it is the answer to the query.
+        load: f64,
+    }
+
+    /// How Prometheus is.
+    #[derive(Clone, Debug)]
+    enum Sky {
+        /// Every member's sample is that old, seconds.
+        Clear { age: u64 },
+        /// It knows member i if bit i is set; it answers the query.
+        Cloudy { known: u8 },
+        /// It started that long ago, seconds, and knows everything again.
+        Restarted { ago: u64 },
+        /// It has nothing.
+        Empty,
+        /// It does not answer.
+        Dark,
+    }
+
+    fn weather() -> impl Strategy<Value = Weather> {
+        let sky = prop_oneof![
+            12 => (0_u64..45).prop_map(|age| Sky::Clear { age }),
+            12 => Just(Sky::Clear { age: 0 }),
+            1 => any::<u8>().prop_map(|known| Sky::Cloudy { known }),
+            1 => (0_u64..200).prop_map(|ago| Sky::Restarted { ago }),
+            1 => Just(Sky::Empty),
+            1 => Just(Sky::Dark),
+        ];
+        let scraped = prop_oneof![4 => Just(u8::MAX), 1 => any::<u8>()];
+        (sky, scraped, 0.0..500.0).prop_map(|(prometheus, scraped, load)| Weather { prometheus, scraped, load })
+    }
+
+    const GAUGE: (Tier, BuiltIn) = (Tier::Gateway, BuiltIn::Connections);
+    const MEMBERS: u8 = 5;
+
+    /// A round in that weather, at that second, of a tier of so many members.
+    fn round(weather: &Weather, at: Duration, members: u8) -> Round {
+        let share = weather.load / f64::from(members);
+        let aged = |age| Aged { value: share, age: Duration::from_secs(age) };
+        let pods = |known: u8, age| (0..members).filter(|i| known >> i & 1 == 1).map(|i| (format!("g{i}"), aged(age))).collect();
+        let total = Answer::Total(Some(Aged { value: weather.load, age: Duration::ZERO }));
+        let (gauge, query, source_age) = match weather.prometheus {
+            Sky::Clear { age } => (Ok(pods(u8::MAX, age)), Ok(total), None),
+            Sky::Cloudy { known } => (Ok(pods(known, 0)), Ok(total), None),
+            Sky::Restarted { ago } => (Ok(pods(u8::MAX, 0)), Ok(total), Some(Duration::from_secs(ago))),
+            Sky::Empty => (Ok(BTreeMap::new()), Ok(Answer::Total(None)), None),
+            Sky::Dark => (Err(PrometheusError::Timeout), Err(PrometheusError::Timeout), None),
+        };
+        let answers = Answers {
+            gauges: BTreeMap::from([(GAUGE, gauge)]),
+            queries: BTreeMap::from([(("work".to_owned(), false), query)]),
+            source_age,
+        };
+        let sample = Sample { connections: Some(share), ..Sample::default() };
+        let direct = (0..members).filter(|i| weather.scraped >> i & 1 == 1).map(|i| (format!("g{i}"), sample)).collect();
+        Round { asked_at: clock(at), prometheus: Some(answers), direct }
+    }
+
+    /// Keeps for each input when its latest value is from: what the judge knows, without the code under test.
+    #[derive(Default)]
+    struct Judge {
+        members: BTreeMap<u8, u64>,
+        query: Option<u64>,
+        young: bool,
+    }
+
+    impl Judge {
+        fn see(&mut self, weather: &Weather, second: u64, members: u8) {
+            for i in 0..members {
+                let by_prometheus = match weather.prometheus {
+                    Sky::Clear { age } => second.checked_sub(age),
+                    Sky::Cloudy { known } => (known >> i & 1 == 1).then_some(second),
+                    Sky::Restarted { .. } => Some(second),
+                    Sky::Empty | Sky::Dark => None,
+                };
+                let directly = (weather.scraped >> i & 1 == 1).then_some(second);
+                if let Some(latest) = by_prometheus.max(directly) {
+                    let known = self.members.entry(i).or_default();
+                    *known = latest.max(*known);
+                }
+            }
+            self.members.retain(|i, _| *i < members);
+            self.query = match weather.prometheus {
+                Sky::Dark => self.query,
+                Sky::Empty => None,
+                _ => Some(second),
+            };
+            self.young = matches!(weather.prometheus, Sky::Restarted { ago } if ago < 120);
+        }
+
+        fn knows_all(&self, second: u64, members: u8) -> bool {
+            let fresh = |at: Option<&u64>| at.is_some_and(|at| second - at <= 30);
+            !self.young && fresh(self.query.as_ref()) && (0..members).all(|i| fresh(self.members.get(&i)))
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever fails in whatever order: no scale-in unless every input was there and fresh for the whole window.
+        #[test]
+        fn outages_never_scale_in(rounds in prop::collection::vec(weather(), 20..120), window in 0_u64..90) {
+            let mut cluster = ImCluster::parse_yaml(
+                "apiVersion: imcluster.dev/v1alpha1\nkind: ImCluster\nmetadata: {name: chat}\nspec: {auth: {insecure: {}},
+                   gateway: {autoscaling: {minReplicas: 1, maxReplicas: 5, metrics: [
+                     {type: BuiltIn, builtIn: {name: Connections, target: {type: AverageValue, value: 100}}},
+                     {type: Prometheus, prometheus: {query: work, target: {type: AverageValue, value: 100}}}]}}}",
+            )
+            .expect("a good file");
+            if let Some(autoscaling) = &mut cluster.spec.gateway.autoscaling {
+                autoscaling.behavior.scale_down.stabilization_window_seconds = Some(window as u32);
+            }
+            let (mut scaler, mut signals, mut judge) = (Scaler::default(), Signals::default(), Judge::default());
+            let mut running = MEMBERS;
+            // When not everything was known.
+            let mut doubts: Vec<u64> = Vec::new();
+            for (index, weather) in rounds.iter().enumerate() {
+                let second = index as u64 * 5;
+                let now = Duration::from_secs(second);
+                let names = (0..running).map(|i| format!("g{i}")).collect();
+                signals.absorb("now", &names, round(weather, now, running));
+                judge.see(weather, second, running);
+                if !judge.knows_all(second, running) {
+                    doubts.push(second);
+                }
+                let members: Vec<Member> =
+                    (0..running).map(|i| Member { name: format!("g{i}"), state: MemberState::Ready }).collect();
+                let observed =
+                    Observed { tier: Tier::Gateway, members: &members, ordered: 0, rolling: false, signals: &signals };
+                let wanted = scaler.decide(now, cluster.spec.gateway.scaling(), &observed);
+                if wanted.replicas < u32::from(running) {
+                    let doubt = doubts.iter().rev().find(|at| second - **at <= window);
+                    prop_assert!(doubt.is_none(), "in at {second} s, in doubt at {doubt:?}: {:?}", wanted.because);
+                    prop_assert!(second >= window, "in at {second} s: {:?}", wanted.because);
+                }
+                running = wanted.replicas as u8;
+            }
+        }
     }
 }

@@ -417,3 +417,41 @@ fn total(values: impl IntoIterator<Item = f64>) -> Result<Option<Aged>, Promethe
         sum => Ok(sum.map(|value: f64| Aged { value, age: Duration::ZERO })),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_query_for_a_gauge_is_quoted() {
+        assert_eq!(
+            gauge_query(BuiltIn::CpuUtilization, Some("im"), "chat.a-gateway-"),
+            r#"label_replace(im_cpu_cores{namespace="im",pod=~"chat\\.a\\-gateway\\-.*"}, "im_what", "value", "", "") or label_replace(timestamp(im_cpu_cores{namespace="im",pod=~"chat\\.a\\-gateway\\-.*"}), "im_what", "at", "", "")"#
+        );
+        assert!(gauge_query(BuiltIn::Connections, Some("a\"b\\"), "").contains(r#"{namespace="a\"b\\",pod=~".*"}"#));
+    }
+
+    #[test]
+    fn several_series_of_a_pod_are_added_up_and_a_half_one_is_none() {
+        let series = |pod: &str, job: &str, what: &str, value: &str| {
+            serde_json::json!({"metric": {"pod": pod, "job": job, WHAT: what}, "value": [1000, value]})
+        };
+        let result = [
+            series("a", "x", "value", "1"),
+            series("a", "x", "at", "999"),
+            series("a", "y", "value", "2"),
+            series("a", "y", "at", "990"),
+            // The time of one is missing, another's is ahead of the evaluation.
+            series("b", "x", "value", "1"),
+            series("c", "x", "value", "5"),
+            series("c", "x", "at", "1001"),
+        ];
+        let body = serde_json::json!({"status": "success", "data": {"resultType": "vector", "result": result}});
+        let ages = ages(&data(200, body.to_string().as_bytes()).expect("a result")).expect("a vector");
+        let expected = [
+            ("a".to_owned(), Aged { value: 3.0, age: Duration::from_secs(10) }),
+            ("c".to_owned(), Aged { value: 5.0, age: Duration::ZERO }),
+        ];
+        assert_eq!(ages, BTreeMap::from(expected));
+    }
+}

@@ -167,3 +167,149 @@ impl std::fmt::Display for Failure {
         write!(f, "{}, since {}", self.error, self.since)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autoscale::MemberState;
+    use crate::metrics::direct;
+    use crate::metrics::prometheus::Aged;
+    use crate::metrics::round::Answers;
+    use im_crds::{BuiltInMetric, QueryTarget, QueryTargetType, Target, TargetType};
+
+    const HOUR: Duration = Duration::from_secs(3_600);
+    const GAUGE: (Tier, BuiltIn) = (Tier::Gateway, BuiltIn::Connections);
+
+    fn connections() -> Metric {
+        BuiltInMetric {
+            name: BuiltIn::Connections,
+            target: Target { kind: TargetType::AverageValue, value: 100 },
+        }
+        .into()
+    }
+
+    fn own_query() -> Metric {
+        let target = QueryTarget { kind: QueryTargetType::AverageValue, value: 1.0 };
+        Metric::Prometheus(PrometheusMetric { query: "work".into(), target, per_pod: false })
+    }
+
+    fn members() -> Vec<Member> {
+        ["g-1", "g-2"].map(|name| Member { name: name.into(), state: MemberState::Ready }).into()
+    }
+
+    fn aged(value: f64, secs: u64) -> Aged {
+        Aged { value, age: Duration::from_secs(secs) }
+    }
+
+    /// A round at so many seconds after the hour.
+    fn round(secs: u64, prometheus: Option<Answers>, direct: &[(&str, f64)]) -> Round {
+        let sample = |value: f64| direct::Sample { connections: Some(value), ..Default::default() };
+        let direct = direct.iter().map(|(member, value)| ((*member).to_owned(), sample(*value))).collect();
+        Round { asked_at: HOUR + Duration::from_secs(secs), prometheus, direct }
+    }
+
+    fn answers(gauges: &[(&str, Aged)], total: Option<Aged>) -> Answers {
+        let gauges = gauges.iter().map(|(pod, aged)| ((*pod).to_owned(), *aged)).collect();
+        Answers {
+            gauges: BTreeMap::from([(GAUGE, Ok(gauges))]),
+            queries: BTreeMap::from([(("work".to_owned(), false), Ok(Answer::Total(total)))]),
+            source_age: None,
+        }
+    }
+
+    fn outage() -> Answers {
+        Answers {
+            gauges: BTreeMap::from([(GAUGE, Err(PrometheusError::Timeout))]),
+            queries: BTreeMap::from([(("work".to_owned(), false), Err(PrometheusError::Timeout))]),
+            source_age: None,
+        }
+    }
+
+    fn absorb(signals: &mut Signals, wall_clock: &str, round: Round) {
+        let names = members().into_iter().map(|member| member.name).collect();
+        signals.absorb(wall_clock, &names, round);
+    }
+
+    fn values(reading: &Reading) -> Vec<(&str, f64, u64)> {
+        let Values::PerMember(values) = &reading.values else { panic!("{reading:?}") };
+        let secs = |sample: &Sample| sample.at.saturating_sub(HOUR).as_secs();
+        values.iter().map(|(member, sample)| (member.as_str(), sample.value, secs(sample))).collect()
+    }
+
+    #[test]
+    fn each_value_is_the_newest_and_says_where_it_is_from() {
+        let mut signals = Signals::default();
+        let read = |signals: &Signals| signals.reading(Tier::Gateway, &members(), &connections());
+        absorb(&mut signals, "9:00", round(100, Some(answers(&[("g-1", aged(1.0, 5)), ("g-2", aged(2.0, 10))], None)), &[]));
+        let reading = read(&signals);
+        assert_eq!(values(&reading), [("g-1", 1.0, 95), ("g-2", 2.0, 90)]);
+        assert_eq!(reading.origin, "from Prometheus");
+
+        // An answer that is older than what is known teaches nothing.
+        absorb(&mut signals, "9:01", round(110, Some(answers(&[("g-1", aged(9.0, 60)), ("g-3", aged(3.0, 0))], None)), &[("g-2", 4.0)]));
+        let reading = read(&signals);
+        assert_eq!(values(&reading), [("g-1", 1.0, 95), ("g-2", 4.0, 110)], "g-3 is no member");
+        assert_eq!(reading.origin, "from Prometheus, but for 1 that it lacks, scraped directly");
+
+        for (wall_clock, secs) in [("9:02", 120), ("9:03", 130)] {
+            absorb(&mut signals, wall_clock, round(secs, Some(outage()), &[("g-1", 5.0), ("g-2", 6.0)]));
+            let reading = read(&signals);
+            assert_eq!(values(&reading), [("g-1", 5.0, secs), ("g-2", 6.0, secs)]);
+            assert_eq!(
+                reading.origin,
+                "scraped directly: Prometheus did not answer within 3 s, since 9:02",
+                "since its first failure"
+            );
+        }
+        absorb(&mut signals, "9:04", round(140, Some(answers(&[("g-1", aged(7.0, 1)), ("g-2", aged(8.0, 1))], None)), &[]));
+        assert_eq!(read(&signals).origin, "from Prometheus");
+        absorb(&mut signals, "9:05", round(150, None, &[("g-1", 5.0)]));
+        assert_eq!(read(&signals).origin, "scraped directly");
+    }
+
+    #[test]
+    fn the_answer_to_a_query_ages_through_an_outage() {
+        let mut signals = Signals::default();
+        let read = |signals: &Signals| signals.reading(Tier::Gateway, &members(), &own_query());
+        let words = |reading: &Reading| match &reading.values {
+            Values::Failed(words) => words.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert!(words(&read(&signals)).contains("there is no Prometheus: set spec.metrics.prometheus.url"));
+        absorb(&mut signals, "9:00", round(0, Some(outage()), &[]));
+        assert_eq!(words(&read(&signals)), "Prometheus did not answer within 3 s, since 9:00");
+        absorb(&mut signals, "9:01", round(10, Some(answers(&[], Some(aged(5.0, 0)))), &[]));
+        let known = Values::Total(Some(Sample { value: 5.0, at: HOUR + Duration::from_secs(10) }));
+        assert_eq!(read(&signals).values, known);
+        absorb(&mut signals, "9:02", round(20, Some(outage()), &[]));
+        let reading = read(&signals);
+        assert_eq!(reading.values, known, "with the time of its answer");
+        assert_eq!(reading.origin, "known before: Prometheus did not answer within 3 s, since 9:02");
+        // "Nothing" is an answer: what was known before is not true any more.
+        absorb(&mut signals, "9:03", round(30, Some(answers(&[], None)), &[]));
+        assert_eq!(read(&signals).values, Values::Total(None));
+        absorb(&mut signals, "9:04", round(40, Some(outage()), &[]));
+        assert_eq!(words(&read(&signals)), "Prometheus did not answer within 3 s, since 9:04");
+        // Who asks about it no more forgets it.
+        let nothing = Answers { gauges: BTreeMap::new(), queries: BTreeMap::new(), source_age: None };
+        absorb(&mut signals, "9:05", round(50, Some(nothing), &[]));
+        assert_eq!(words(&read(&signals)), "not asked yet");
+    }
+
+    #[test]
+    fn the_age_of_prometheus_is_passed_on() {
+        let mut signals = Signals::default();
+        let with_age = |age| Answers { source_age: age, ..answers(&[], None) };
+        for (age, started_at) in [
+            (Some(Duration::from_secs(10)), Some(HOUR - Duration::from_secs(10))),
+            (Some(Duration::MAX), None),
+            (None, None),
+        ] {
+            absorb(&mut signals, "9:00", round(0, Some(with_age(age)), &[]));
+            for metric in [connections(), own_query()] {
+                let reading = signals.reading(Tier::Gateway, &members(), &metric);
+                assert_eq!(reading.source_started_at, started_at, "{age:?}");
+            }
+        }
+    }
+}
