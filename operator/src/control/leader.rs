@@ -1,6 +1,5 @@
 //! The one loop that decides. See [`Leader`].
 
-use super::ControlError;
 use super::scaling::{Observed, Scaler, Wanted, clock};
 use super::service::{Incoming, Outbox, StreamId};
 use super::status::{
@@ -8,9 +7,10 @@ use super::status::{
     Shards, Status, TierStatus, Tiers, member_state, no_message_lost, rfc3339,
 };
 use super::tiers::{Stage, Step, TierMember, drain_rate, next_steps};
+use super::{ClusterKey, ControlError};
 use crate::autoscale::{Member, MemberState};
 use crate::metrics::round::Connector;
-use crate::metrics::{self, Endpoint, Request, Round, Signals, Target, measure};
+use crate::metrics::{self, Endpoint, Request, Round, ScalingMetrics, Signals, Target, measure};
 use crate::platform::process::STOP_GRACE;
 use crate::platform::{Platform, PlatformError, Process, ProcessState, Role, StoredMap, Tier, View};
 use crate::shards::moves::Phase;
@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
 
@@ -144,6 +144,8 @@ enum Done {
     Saved { term: u64, outcome: Result<(), PlatformError> },
     /// A member's addresses are known.
     Described,
+    /// A round of measuring ended.
+    Measured { round: Round, connector: Connector },
 }
 
 /// The loop's state: what is known of the world, and the decisions' memory.
@@ -164,8 +166,10 @@ pub struct Leader<P> {
     gateway: TierState,
     business: TierState,
     signals: Signals,
+    measuring: metrics::Setup,
     /// Goes into each round of measuring and comes back after it.
-    connector: Arc<Mutex<Connector>>,
+    connector: Option<Connector>,
+    counts: ScalingMetrics,
     spread: BTreeMap<String, Spread>,
     /// Holes ever told of, by who told.
     holes: BTreeMap<MemberId, u64>,
@@ -201,6 +205,7 @@ impl<P: Platform> Leader<P> {
     pub(super) async fn new(
         platform: Arc<P>,
         setup: Setup,
+        counts: ScalingMetrics,
         status: watch::Sender<Status>,
     ) -> Result<Self, ControlError> {
         let cluster = platform.cluster()?;
@@ -226,7 +231,9 @@ impl<P: Platform> Leader<P> {
             gateway: TierState::default(),
             business: TierState::default(),
             signals: Signals::default(),
-            connector: Arc::default(),
+            measuring: setup.metrics,
+            connector: Some(Connector::default()),
+            counts,
             spread: BTreeMap::new(),
             holes: BTreeMap::new(),
             proposal: None,
@@ -252,7 +259,6 @@ impl<P: Platform> Leader<P> {
     /// # Errors
     /// [`PlatformError::Outranked`] when somebody else leads the cluster by now.
     pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Incoming>) -> Result<(), ControlError> {
-        let (rounds_of_measuring, mut measured) = mpsc::channel::<Round>(1);
         let mut sweeps = interval(SWEEP_INTERVAL);
         let mut rounds = interval(ROUND_INTERVAL);
         sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -271,7 +277,6 @@ impl<P: Platform> Leader<P> {
                     Err(_) => return Ok(()),
                 },
                 Some(done) = self.tasks.join_next() => self.on_done(done)?,
-                Some(round) = measured.recv() => self.on_measured(round),
                 () = sleep_until(map_due.into()), if self.map_changed && self.may_command() => self.send_map(),
                 _ = sweeps.tick() => {
                     self.decide(Event::Tick);
@@ -287,7 +292,7 @@ impl<P: Platform> Leader<P> {
                 }
                 _ = rounds.tick() => {
                     self.round_due = true;
-                    self.measure(&rounds_of_measuring);
+                    self.measure();
                 }
             }
         }
@@ -410,6 +415,7 @@ impl<P: Platform> Leader<P> {
                 }
             }
             Ok(Done::Described) => {}
+            Ok(Done::Measured { round, connector }) => self.on_measured(round, connector),
             // Cancelled only with the loop itself; a panic is a fault of ours that must not go unseen.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
@@ -771,7 +777,7 @@ impl<P: Platform> Leader<P> {
             let observed = Observed { tier, members: &observed, ordered, rolling, signals: &self.signals };
             let wanted = scaler.decide(now, scaling, &observed);
             self.tier(tier).scaler = scaler;
-            self.setup.metrics.counts.decided(&self.name(), tier, wanted.replicas, &wanted.metrics);
+            self.counts.decided(&self.key().0, tier, wanted.replicas, &wanted.metrics);
             let changed = self.tier(tier).wanted.replicas != wanted.replicas;
             self.tier(tier).wanted = wanted.clone();
             if changed {
@@ -1048,8 +1054,8 @@ impl<P: Platform> Leader<P> {
     // ---- measuring ----------------------------------------------------------------------------------------------------
 
     /// Measures every live member, off this loop; while one round of it is under way there is no second.
-    fn measure(&self, rounds: &mpsc::Sender<Round>) {
-        let Ok(permit) = rounds.clone().try_reserve_owned() else { return };
+    fn measure(&mut self) {
+        let Some(mut connector) = self.connector.take() else { return };
         let live = self.links.iter().filter(|(_, link)| self.now().saturating_sub(link.heard) < HEARD_WITHIN);
         let targets = live.map(|(member, link)| Target {
             name: member.name().to_owned(),
@@ -1057,17 +1063,18 @@ impl<P: Platform> Leader<P> {
             address: link.admin_address.clone(),
         });
         let request = Request::of(&self.cluster, targets.collect(), clock(self.now()));
-        let (cluster, setup, connector) = (self.cluster.clone(), self.setup.metrics.clone(), self.connector.clone());
-        tokio::spawn(async move {
-            let read = tokio::task::spawn_blocking(move || Endpoint::of(&cluster, &setup)).await;
-            let Ok(endpoint) = read else { return };
-            permit.send(measure(&mut *connector.lock().await, endpoint, &request).await);
+        // Reads files: small ones, and anew, since tokens change.
+        let endpoint = Endpoint::of(&self.cluster, &self.measuring);
+        self.tasks.spawn(async move {
+            let round = measure(&mut connector, endpoint, &request).await;
+            Done::Measured { round, connector }
         });
     }
 
-    fn on_measured(&mut self, round: Round) {
+    fn on_measured(&mut self, round: Round, connector: Connector) {
+        self.connector = Some(connector);
         for error in round.prometheus.iter().flat_map(metrics::round::Answers::errors) {
-            self.setup.metrics.counts.failed(&self.name(), error.reason());
+            self.counts.failed(&self.key().0, error.reason());
         }
         let members = self.view.processes.iter().map(|process| process.name.clone()).collect();
         self.signals.absorb(&rfc3339(SystemTime::now()), &members, round);
@@ -1089,11 +1096,8 @@ impl<P: Platform> Leader<P> {
         observed.collect()
     }
 
-    /// What metrics call this cluster.
-    fn name(&self) -> String {
-        let metadata = &self.cluster.metadata;
-        let namespace = metadata.namespace.as_deref().unwrap_or("default");
-        format!("{namespace}/{}", metadata.name.as_deref().unwrap_or_default())
+    fn key(&self) -> ClusterKey {
+        ClusterKey::of(&self.cluster)
     }
 
     // ---- status -------------------------------------------------------------------------------------------------------

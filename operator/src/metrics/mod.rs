@@ -28,6 +28,4 @@ pub struct Setup {
     /// Whether files that the ImCluster names are read. Not in a cluster: they would be the operator's own, its
     /// service account's token for one, sent to an address that the author of the ImCluster chose.
     pub reads_files: bool,
-    /// Where decisions and failures are counted.
-    pub counts: ScalingMetrics,
 }
