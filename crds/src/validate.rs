@@ -163,9 +163,10 @@ fn check_business(checker: &mut Checker, cluster: &ImCluster) {
     check_scaling(checker, "spec.business", business.replicas, business.scaling());
     let no_connections = match business.scaling() {
         Scaling::Fixed(_) => true,
-        Scaling::Auto(auto) => auto.metrics.iter().all(
-            |metric| !matches!(metric, Metric::BuiltIn(BuiltInMetric { name: BuiltIn::Connections, .. })),
-        ),
+        Scaling::Auto(auto) => auto
+            .metrics
+            .iter()
+            .all(|metric| !matches!(metric, Metric::BuiltIn(BuiltInMetric { name: BuiltIn::Connections, .. }))),
     };
     checker.require(
         no_connections,
@@ -225,7 +226,11 @@ fn check_built_in(checker: &mut Checker, path: &str, metric: &BuiltInMetric) {
 fn check_query(checker: &mut Checker, path: &str, metric: &PrometheusMetric) {
     checker.filled(&format!("{path}.query"), Some(&metric.query));
     let length = metric.query.chars().count();
-    checker.require(length <= 4_096, &format!("{path}.query"), "is longer than 4096 characters: make it a recording rule");
+    checker.require(
+        length <= 4_096,
+        &format!("{path}.query"),
+        "is longer than 4096 characters: make it a recording rule",
+    );
     checker.within(format!("{path}.target.value"), metric.target.value, 0.001..=1e15);
     checker.require(
         !metric.per_pod || metric.target.kind == QueryTargetType::AverageValue,

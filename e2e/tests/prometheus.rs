@@ -93,7 +93,9 @@ impl Server {
     /// Scrapes each target as the pod of that name.
     fn start(pods: &[(&str, SocketAddr)]) -> TestResult<Self> {
         let folder = temporary::Folder::new("prometheus")?;
-        let mut config = "global: {scrape_interval: 1s, scrape_timeout: 1s}\nscrape_configs:\n- job_name: im\n  static_configs:\n".to_owned();
+        let mut config =
+            "global: {scrape_interval: 1s, scrape_timeout: 1s}\nscrape_configs:\n- job_name: im\n  static_configs:\n"
+                .to_owned();
         for (pod, address) in pods {
             writeln!(config, "  - {{targets: ['{address}'], labels: {{namespace: im, pod: {pod}}}}}")?;
         }
@@ -112,7 +114,8 @@ impl Server {
             .stdout(Stdio::null())
             .stderr(log)
             .spawn();
-        Ok(child.map_err(|error| format!("prometheus can't be started ({error}): run e2e/setup.sh, which installs it"))?)
+        Ok(child
+            .map_err(|error| format!("prometheus can't be started ({error}): run e2e/setup.sh, which installs it"))?)
     }
 
     fn url(&self) -> String {
@@ -173,8 +176,7 @@ async fn decide(cluster: &ImCluster) -> TestResult<Decision> {
     signals.absorb("now", &names.map(String::from).into(), round);
     let Scaling::Auto(spec) = cluster.spec.gateway.scaling() else { return Err("it scales".into()) };
     let members = names.map(|name| Member { name: name.into(), state: MemberState::Ready });
-    let readings: Vec<_> =
-        spec.metrics.iter().map(|metric| signals.reading(Tier::Gateway, &members, metric)).collect();
+    let readings: Vec<_> = spec.metrics.iter().map(|metric| signals.reading(Tier::Gateway, &members, metric)).collect();
     let input = autoscale::Input { now, spec, members: &members, ordered: 0, readings: &readings };
     Ok(autoscale::decide(&input, History::default()).0)
 }
@@ -186,7 +188,8 @@ async fn what_prometheus_says_and_when_it_is_not_to_be_believed() -> TestResult 
     // Samples with a time of their own get no staleness marker: only `timestamp()` shows that they are old.
     let long_ago = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)? - Duration::from_secs(60);
     let late = Exporter::start(format!("im_connections 7 {}\n", long_ago.as_millis())).await?;
-    let pods = [("chat-gateway-a", first.address), ("chat-gateway-b", second.address), ("late-gateway-a", late.address)];
+    let pods =
+        [("chat-gateway-a", first.address), ("chat-gateway-b", second.address), ("late-gateway-a", late.address)];
     let mut server = Server::start(&pods)?;
     let prometheus = server.wait_ready().await?;
     let cluster = cluster(&server.url())?;
@@ -214,7 +217,9 @@ async fn what_prometheus_says_and_when_it_is_not_to_be_believed() -> TestResult 
     };
     assert_eq!(each.len(), 2);
     assert_eq!(prometheus.query("absent_metric", false).await?, Answer::Total(None));
-    for (query, reason) in [("sum((", "query"), ("0/0", "result"), ("'text'", "result"), ("im_connections[1m]", "result")] {
+    for (query, reason) in
+        [("sum((", "query"), ("0/0", "result"), ("'text'", "result"), ("im_connections[1m]", "result")]
+    {
         let error = prometheus.query(query, false).await.expect_err(query);
         assert_eq!(error.reason(), reason, "{error}");
     }

@@ -43,12 +43,15 @@ async fn api(Path((kind, path)): Path<(String, String)>, headers: HeaderMap, bod
     };
     if path == "api/v1/status/runtimeinfo" {
         return match kind.as_str() {
-            "restarted" => ([JSON], r#"{"status":"success","data":{"startTime":"1970-01-01T00:16:30Z"}}"#).into_response(),
+            "restarted" => {
+                ([JSON], r#"{"status":"success","data":{"startTime":"1970-01-01T00:16:30Z"}}"#).into_response()
+            }
             _ => StatusCode::NOT_FOUND.into_response(),
         };
     }
     if body.starts_with("query=time%28%29") {
-        return ([JSON], r#"{"status":"success","data":{"resultType":"scalar","result":[1000,"1000"]}}"#).into_response();
+        return ([JSON], r#"{"status":"success","data":{"resultType":"scalar","result":[1000,"1000"]}}"#)
+            .into_response();
     }
     match kind.as_str() {
         "gauges" => {
@@ -58,8 +61,12 @@ async fn api(Path((kind, path)): Path<(String, String)>, headers: HeaderMap, bod
         "pods" => vector(&[series(r#""pod":"a""#, "1"), series(r#""pod":"a","x":"y""#, "2.5")].join(",")),
         "unlabelled" => vector(&series(r#""job":"im""#, "3")),
         "nan" => vector(&[series("", "NaN"), series(r#""a":"b""#, "1")].join(",")),
-        "infinite" => ([JSON], r#"{"status":"success","data":{"resultType":"scalar","result":[1,"+Inf"]}}"#).into_response(),
-        "scalar" => ([JSON], r#"{"status":"success","data":{"resultType":"scalar","result":[1,"4.5"]}}"#).into_response(),
+        "infinite" => {
+            ([JSON], r#"{"status":"success","data":{"resultType":"scalar","result":[1,"+Inf"]}}"#).into_response()
+        }
+        "scalar" => {
+            ([JSON], r#"{"status":"success","data":{"resultType":"scalar","result":[1,"4.5"]}}"#).into_response()
+        }
         "matrix" => ([JSON], r#"{"status":"success","data":{"resultType":"matrix","result":[]}}"#).into_response(),
         "string" => ([JSON], r#"{"status":"success","data":{"resultType":"string","result":[1,"a"]}}"#).into_response(),
         "empty" | "restarted" => vector(""),
@@ -72,8 +79,8 @@ async fn api(Path((kind, path)): Path<(String, String)>, headers: HeaderMap, bod
         "slow" => std::future::pending().await,
         "huge" => {
             let page = axum::body::Bytes::from(vec![b' '; 1 << 16]);
-            let pages = std::iter::repeat_n(Ok::<_, std::io::Error>(page), ANSWER_BYTES_MAX / (1 << 16) + 2);
-            Body::from_stream(futures::stream::iter(pages)).into_response()
+            let pages = std::iter::repeat_n(page, ANSWER_BYTES_MAX / (1 << 16) + 2);
+            Body::from_stream(futures::stream::iter(pages.map(Ok::<_, std::io::Error>))).into_response()
         }
         "broken" => {
             let parts = [Ok("{"), Err(std::io::Error::other("the server dies"))];
@@ -120,12 +127,16 @@ async fn gauges_come_with_the_age_of_each_sample() {
 #[tokio::test]
 async fn a_query_is_a_sum_or_a_value_of_each_pod() {
     let base = fake().await;
-    for (kind, expected) in [("pods", Some(3.5)), ("scalar", Some(4.5)), ("unlabelled", Some(3.0)), ("empty", None), ("asked", Some(1.0))] {
+    for (kind, expected) in
+        [("pods", Some(3.5)), ("scalar", Some(4.5)), ("unlabelled", Some(3.0)), ("empty", None), ("asked", Some(1.0))]
+    {
         let answer = client(&base, kind).query("work", false).await.expect(kind);
         let Answer::Total(total) = answer else { panic!("{kind}: {answer:?}") };
         assert_eq!(total.map(|total| total.value), expected, "{kind}");
     }
-    let Answer::PerPod(pods) = client(&base, "pods").query("work", true).await.expect("pods") else { panic!("per pod") };
+    let Answer::PerPod(pods) = client(&base, "pods").query("work", true).await.expect("pods") else {
+        panic!("per pod")
+    };
     assert_eq!(pods.iter().map(|(pod, v)| (pod.as_str(), v.value)).collect::<Vec<_>>(), [("a", 3.5)]);
 }
 

@@ -223,7 +223,11 @@ impl Hpa {
             let ready_at = pod.created + START;
             let Some(metric) = metric else {
                 // A pod that is pending is set aside; one that serves is missing.
-                if pod.serves(t) { missing += 1 } else { unready += 1 }
+                if pod.serves(t) {
+                    missing += 1
+                } else {
+                    unready += 1
+                }
                 continue;
             };
             let initializing = is_cpu && t < pod.created + 300;
@@ -258,8 +262,8 @@ impl Hpa {
             return self.replicas;
         }
         let replicas = (assumed_ratio * f64::from(count)).ceil() as u32;
-        let wrong_way = (assumed_ratio < 1.0 && replicas > self.replicas)
-            || (assumed_ratio > 1.0 && replicas < self.replicas);
+        let wrong_way =
+            (assumed_ratio < 1.0 && replicas > self.replicas) || (assumed_ratio > 1.0 && replicas < self.replicas);
         if wrong_way { self.replicas } else { replicas }
     }
 
@@ -307,7 +311,10 @@ fn beside_the_hpa() {
         ("HPA, CPU", Scaler::HpaCpu),
         ("HPA, our gauge by an adapter", Scaler::HpaGauge),
     ];
-    println!("{:<22} {:<30} {:>12} {:>10} {:>12} {:>14}", "load", "scaler", "first change", "enough", "pod-seconds", "overload");
+    println!(
+        "{:<22} {:<30} {:>12} {:>10} {:>12} {:>14}",
+        "load", "scaler", "first change", "enough", "pod-seconds", "overload"
+    );
     let seconds = |value: Option<u64>| value.map_or("never".to_owned(), |value| format!("{value} s"));
     for scenario in &scenarios {
         let scores = scalers.map(|(name, scaler)| {
@@ -320,7 +327,10 @@ fn beside_the_hpa() {
         let [connections, cpu, hpa_cpu, hpa_gauge] = scores;
         assert!(connections.overload_seconds <= hpa_gauge.overload_seconds, "the same gauge: {scores:#?}");
         assert!(cpu.overload_seconds <= hpa_cpu.overload_seconds, "the same saturating CPU: {scores:#?}");
-        assert!(connections.pod_seconds as f64 <= hpa_gauge.pod_seconds as f64 * 1.1 || !scenario.outage.is_empty(), "{scores:#?}");
+        assert!(
+            connections.pod_seconds as f64 <= hpa_gauge.pod_seconds as f64 * 1.1 || !scenario.outage.is_empty(),
+            "{scores:#?}"
+        );
         if scenario.name.starts_with("step") {
             let within = if scenario.outage.is_empty() { AVERAGE + SCRAPE + 1 } else { AVERAGE + 1 };
             assert!(connections.first_change.is_some_and(|after| after <= within), "{within} s: {connections:?}");

@@ -247,11 +247,8 @@ pub fn decide(input: &Input<'_>, mut history: History) -> (Decision, History) {
     let mut metrics = Vec::new();
     let mut wanted: Option<u32> = None;
     for (i, metric) in spec.metrics.iter().enumerate() {
-        let missing = Reading {
-            values: Values::Failed("not read".into()),
-            origin: String::new(),
-            source_started_at: None,
-        };
+        let missing =
+            Reading { values: Values::Failed("not read".into()), origin: String::new(), source_started_at: None };
         let proposal = replicas::propose(input, current, metric, input.readings.get(i).unwrap_or(&missing));
         because.extend(proposal.because);
         metrics.push(proposal.state);

@@ -142,7 +142,8 @@ fn propose_per_member(
     };
     let by_mean = tier.by_mean();
     let mean = tier.values.iter().sum::<f64>() / tier.values.len() as f64;
-    let mut because = vec![format!("{name}: {mean:.1} per member on average, target {target}, {} serve: {by_mean}", ready.len())];
+    let mut because =
+        vec![format!("{name}: {mean:.1} per member on average, target {target}, {} serve: {by_mean}", ready.len())];
     if state != MetricState::Fresh {
         because.push(format!("{name}: {state}"));
     }

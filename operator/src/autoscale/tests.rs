@@ -3,9 +3,7 @@
 #![allow(clippy::expect_used, reason = "a test's own expectations")]
 
 use super::*;
-use im_crds::{
-    Behavior, BuiltIn, BuiltInMetric, PrometheusMetric, QueryTarget, QueryTargetType, Target, TargetType,
-};
+use im_crds::{Behavior, BuiltIn, BuiltInMetric, PrometheusMetric, QueryTarget, QueryTargetType, Target, TargetType};
 use proptest::prelude::*;
 
 const NOW: Duration = Duration::from_secs(10_000);
@@ -114,7 +112,11 @@ fn one_value_for_the_whole_tier_of_which_each_has_a_share() {
         [(8_600.0, 1, 4), (8_600.0, 3, 4), (6_000.0, 5, 3), (8_000.0, 4, 4), (9_900.0, 5, 5)]
     {
         let spec = free(vec![metric(BuiltIn::MessagesPerSecond, 2_150)]);
-        let reading = Reading { values: Values::Total(Some(Sample { value: total, at: NOW })), origin: String::new(), source_started_at: None };
+        let reading = Reading {
+            values: Values::Total(Some(Sample { value: total, at: NOW })),
+            origin: String::new(),
+            source_started_at: None,
+        };
         assert_eq!(once(&spec, &members(running, 0), &[reading]).replicas, expected, "{total} over {running}");
     }
 }
@@ -225,7 +227,10 @@ fn each_metric_state_is_told_apart_and_never_scales_in() {
     let stale = NOW - SAMPLE_AGE_MAX - Duration::from_secs(1);
     let none = || Values::PerMember(BTreeMap::new());
     for (reading, state) in [
-        (Reading { values: Values::Failed("timeout".into()), origin: String::new(), source_started_at: None }, MetricState::NoData),
+        (
+            Reading { values: Values::Failed("timeout".into()), origin: String::new(), source_started_at: None },
+            MetricState::NoData,
+        ),
         (Reading { values: none(), origin: String::new(), source_started_at: None }, MetricState::NoData),
         (Reading { values: none(), origin: String::new(), source_started_at: young }, MetricState::EmptyAfterRestart),
         (all(stale, &[1.0; 4]), MetricState::Stale),

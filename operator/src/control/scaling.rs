@@ -78,10 +78,10 @@ impl Scaler {
 mod tests {
     use super::*;
     use crate::autoscale::MemberState;
-    use crate::metrics::{Round, Sample};
     use crate::metrics::PrometheusError;
     use crate::metrics::prometheus::{Aged, Answer};
     use crate::metrics::round::Answers;
+    use crate::metrics::{Round, Sample};
     use im_crds::{BuiltIn, ImCluster};
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
@@ -110,9 +110,8 @@ mod tests {
                 Some((name(index), Sample { connections: Some((*value)?), ..Sample::default() }))
             };
             let direct: BTreeMap<_, _> = connections.iter().enumerate().filter_map(sample).collect();
-            let members: Vec<Member> = (0..connections.len())
-                .map(|index| Member { name: name(index), state: MemberState::Ready })
-                .collect();
+            let members: Vec<Member> =
+                (0..connections.len()).map(|index| Member { name: name(index), state: MemberState::Ready }).collect();
             let names: BTreeSet<String> = members.iter().map(|member| member.name.clone()).collect();
             self.signals.absorb("now", &names, Round { asked_at: clock(now), prometheus: None, direct });
             let signals = &self.signals;
@@ -192,7 +191,9 @@ mod tests {
     fn round(weather: &Weather, at: Duration, members: u8) -> Round {
         let share = weather.load / f64::from(members);
         let aged = |age| Aged { value: share, age: Duration::from_secs(age) };
-        let pods = |known: u8, age| (0..members).filter(|i| known >> i & 1 == 1).map(|i| (format!("g{i}"), aged(age))).collect();
+        let pods = |known: u8, age| {
+            (0..members).filter(|i| known >> i & 1 == 1).map(|i| (format!("g{i}"), aged(age))).collect()
+        };
         let total = Answer::Total(Some(Aged { value: weather.load, age: Duration::ZERO }));
         let (gauge, query, source_age) = match weather.prometheus {
             Sky::Clear { age } => (Ok(pods(u8::MAX, age)), Ok(total), None),
@@ -207,7 +208,8 @@ mod tests {
             source_age,
         };
         let sample = Sample { connections: Some(share), ..Sample::default() };
-        let direct = (0..members).filter(|i| weather.scraped >> i & 1 == 1).map(|i| (format!("g{i}"), sample)).collect();
+        let direct =
+            (0..members).filter(|i| weather.scraped >> i & 1 == 1).map(|i| (format!("g{i}"), sample)).collect();
         Round { asked_at: clock(at), prometheus: Some(answers), direct }
     }
 

@@ -1,10 +1,10 @@
 //! Direct scrape: what a member exports, read from the member itself.
 
-use im_crds::BuiltIn;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::Request;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
+use im_crds::BuiltIn;
 use std::time::Duration;
 use tokio::net::TcpStream;
 

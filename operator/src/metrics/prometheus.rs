@@ -186,7 +186,8 @@ impl Prometheus {
             .redirect(reqwest::redirect::Policy::none())
             .pool_max_idle_per_host(4);
         if let Some(pem) = &endpoint.ca_pem {
-            let roots = reqwest::Certificate::from_pem_bundle(pem).map_err(|error| setup("the CA certificates", &error))?;
+            let roots =
+                reqwest::Certificate::from_pem_bundle(pem).map_err(|error| setup("the CA certificates", &error))?;
             if roots.is_empty() {
                 return Err(setup("the CA certificates", &"there is none in the file: it has to be PEM"));
             }
@@ -390,7 +391,9 @@ fn answer(data: &Data, per_pod: bool) -> Result<Answer, PrometheusError> {
         }
         Data::Scalar(_) => return Err(PrometheusError::Result("it is one number, and perPod is set".into())),
         Data::Matrix(_) => {
-            return Err(PrometheusError::Result("it is a range: put an aggregation such as avg_over_time() around it".into()));
+            return Err(PrometheusError::Result(
+                "it is a range: put an aggregation such as avg_over_time() around it".into(),
+            ));
         }
     };
     if !per_pod {
@@ -433,9 +436,7 @@ mod tests {
 
     #[test]
     fn several_series_of_a_pod_are_added_up_and_a_half_one_is_none() {
-        let series = |pod: &str, job: &str, what: &str, value: &str| {
-            serde_json::json!({"metric": {"pod": pod, "job": job, WHAT: what}, "value": [1000, value]})
-        };
+        let series = |pod: &str, job: &str, what: &str, value: &str| serde_json::json!({"metric": {"pod": pod, "job": job, WHAT: what}, "value": [1000, value]});
         let result = [
             series("a", "x", "value", "1"),
             series("a", "x", "at", "999"),

@@ -171,9 +171,12 @@ async fn ask(client: &Prometheus, request: &Request) -> Answers {
         };
         ((*tier, *metric), answer)
     }));
-    let queries = join_all(request.queries.iter().map(|(query, per_pod)| async move {
-        ((query.clone(), *per_pod), client.query(query, *per_pod).await)
-    }));
+    let queries = join_all(
+        request
+            .queries
+            .iter()
+            .map(|(query, per_pod)| async move { ((query.clone(), *per_pod), client.query(query, *per_pod).await) }),
+    );
     let (gauges, queries) = futures::join!(gauges, queries);
     // Asked last: a restart before any of the answers above is seen.
     let answered = gauges.iter().any(|(_, answer)| answer.is_ok()) || queries.iter().any(|(_, answer)| answer.is_ok());

@@ -131,9 +131,8 @@ impl Signals {
         let all = self.gauges.get(&metric);
         let known = members.iter().filter_map(|member| Some((&member.name, all?.get(&member.name)?)));
         let directly = known.clone().filter(|(_, known)| known.directly).count();
-        let values = known.map(|(name, Known { sample, .. })| {
-            (name.clone(), Sample { value: sample.value * unit, at: sample.at })
-        });
+        let values = known
+            .map(|(name, Known { sample, .. })| (name.clone(), Sample { value: sample.value * unit, at: sample.at }));
         let origin = match (self.failing_gauges.get(&(tier, metric)), self.asks_prometheus) {
             (Some(failure), _) => format!("scraped directly: {failure}"),
             (None, false) => "scraped directly".to_owned(),
@@ -181,11 +180,8 @@ mod tests {
     const GAUGE: (Tier, BuiltIn) = (Tier::Gateway, BuiltIn::Connections);
 
     fn connections() -> Metric {
-        BuiltInMetric {
-            name: BuiltIn::Connections,
-            target: Target { kind: TargetType::AverageValue, value: 100 },
-        }
-        .into()
+        BuiltInMetric { name: BuiltIn::Connections, target: Target { kind: TargetType::AverageValue, value: 100 } }
+            .into()
     }
 
     fn own_query() -> Metric {
@@ -240,13 +236,21 @@ mod tests {
     fn each_value_is_the_newest_and_says_where_it_is_from() {
         let mut signals = Signals::default();
         let read = |signals: &Signals| signals.reading(Tier::Gateway, &members(), &connections());
-        absorb(&mut signals, "9:00", round(100, Some(answers(&[("g-1", aged(1.0, 5)), ("g-2", aged(2.0, 10))], None)), &[]));
+        absorb(
+            &mut signals,
+            "9:00",
+            round(100, Some(answers(&[("g-1", aged(1.0, 5)), ("g-2", aged(2.0, 10))], None)), &[]),
+        );
         let reading = read(&signals);
         assert_eq!(values(&reading), [("g-1", 1.0, 95), ("g-2", 2.0, 90)]);
         assert_eq!(reading.origin, "from Prometheus");
 
         // An answer that is older than what is known teaches nothing.
-        absorb(&mut signals, "9:01", round(110, Some(answers(&[("g-1", aged(9.0, 60)), ("g-3", aged(3.0, 0))], None)), &[("g-2", 4.0)]));
+        absorb(
+            &mut signals,
+            "9:01",
+            round(110, Some(answers(&[("g-1", aged(9.0, 60)), ("g-3", aged(3.0, 0))], None)), &[("g-2", 4.0)]),
+        );
         let reading = read(&signals);
         assert_eq!(values(&reading), [("g-1", 1.0, 95), ("g-2", 4.0, 110)], "g-3 is no member");
         assert_eq!(reading.origin, "from Prometheus, but for 1 that it lacks, scraped directly");
@@ -256,12 +260,15 @@ mod tests {
             let reading = read(&signals);
             assert_eq!(values(&reading), [("g-1", 5.0, secs), ("g-2", 6.0, secs)]);
             assert_eq!(
-                reading.origin,
-                "scraped directly: Prometheus did not answer within 3 s, since 9:02",
+                reading.origin, "scraped directly: Prometheus did not answer within 3 s, since 9:02",
                 "since its first failure"
             );
         }
-        absorb(&mut signals, "9:04", round(140, Some(answers(&[("g-1", aged(7.0, 1)), ("g-2", aged(8.0, 1))], None)), &[]));
+        absorb(
+            &mut signals,
+            "9:04",
+            round(140, Some(answers(&[("g-1", aged(7.0, 1)), ("g-2", aged(8.0, 1))], None)), &[]),
+        );
         assert_eq!(read(&signals).origin, "from Prometheus");
         absorb(&mut signals, "9:05", round(150, None, &[("g-1", 5.0)]));
         assert_eq!(read(&signals).origin, "scraped directly");
