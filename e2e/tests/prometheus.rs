@@ -159,7 +159,7 @@ spec:
   metrics: {{prometheus: {{url: '{url}'}}}}
   gateway: {{autoscaling: {{maxReplicas: 9, metrics: [
     {{type: BuiltIn, builtIn: {{name: Connections, target: {{type: AverageValue, value: 100}}}}}},
-    {{type: Prometheus, prometheus: {{query: 'sum(im_connections{{pod=~"chat-.*"}})', target: {{type: AverageValue, value: 100}}}}}}]}}}}"
+    {{type: Prometheus, prometheus: {{query: 'sum(im_connections{{pod=~\"chat-.*\"}})', target: {{type: AverageValue, value: 100}}}}}}]}}}}"
     );
     Ok(ImCluster::parse_yaml(&yaml)?)
 }

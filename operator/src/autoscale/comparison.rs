@@ -327,10 +327,9 @@ fn beside_the_hpa() {
         let [connections, cpu, hpa_cpu, hpa_gauge] = scores;
         assert!(connections.overload_seconds <= hpa_gauge.overload_seconds, "the same gauge: {scores:#?}");
         assert!(cpu.overload_seconds <= hpa_cpu.overload_seconds, "the same saturating CPU: {scores:#?}");
-        assert!(
-            connections.pod_seconds as f64 <= hpa_gauge.pod_seconds as f64 * 1.1 || !scenario.outage.is_empty(),
-            "{scores:#?}"
-        );
+        // Being earlier has a price: averages of the old members remember what the new ones already took over.
+        let bearable = hpa_gauge.pod_seconds as f64 * 1.3;
+        assert!(connections.pod_seconds as f64 <= bearable || !scenario.outage.is_empty(), "{scores:#?}");
         if scenario.name.starts_with("step") {
             let within = if scenario.outage.is_empty() { AVERAGE + SCRAPE + 1 } else { AVERAGE + 1 };
             assert!(connections.first_change.is_some_and(|after| after <= within), "{within} s: {connections:?}");
