@@ -121,19 +121,19 @@ impl Answers {
 /// Keeps the connection to Prometheus from round to round, as long as it is the same.
 #[derive(Debug, Default)]
 pub struct Connector {
-    connected: Option<(Endpoint, Prometheus)>,
+    connected: Option<Box<(Endpoint, Prometheus)>>,
 }
 
 impl Connector {
     fn connect(&mut self, endpoint: Endpoint) -> Result<&Prometheus, PrometheusError> {
-        let (_, client) = match self.connected.take() {
-            Some((known, client)) if known == endpoint => self.connected.insert((known, client)),
+        let connected = match self.connected.take() {
+            Some(connected) if connected.0 == endpoint => connected,
             _ => {
                 let client = Prometheus::new(&endpoint)?;
-                self.connected.insert((endpoint, client))
+                Box::new((endpoint, client))
             }
         };
-        Ok(client)
+        Ok(&self.connected.insert(connected).1)
     }
 }
 
