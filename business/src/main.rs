@@ -44,7 +44,7 @@ fn main() -> ExitCode {
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
     log.log_internal_errors(false).init();
     let arguments = Arguments::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(im_proto::xp("IM_THREADS", std::time::Duration::from_micros(2)).as_micros() as usize).enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let outcome = runtime.map_err(|error| error.to_string()).and_then(|runtime| {
         runtime.block_on(async {
             match arguments.command {

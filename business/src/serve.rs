@@ -102,7 +102,6 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
     });
     let limits =
         Limits { payload_max: config.payload_max.unwrap_or(Limits::default().payload_max), ..Limits::default() };
-    let limits = Limits { commit_spacing: im_proto::xp("IM_COMMIT_US", limits.commit_spacing), commits_max: im_proto::xp("IM_COMMITS", Duration::from_micros(2)).as_micros() as usize, ..limits }; // XP
     let core = tokio::spawn(run_core(shell.clone(), store, inbox, limits));
     tokio::spawn(keep_control(shell.clone(), config.control.clone(), hello));
     tokio::spawn(serve_admin(shell.clone(), admin, config.fail_points));

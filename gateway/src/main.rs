@@ -39,7 +39,7 @@ fn main() -> ExitCode {
 
 fn serve(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let config = Config::read(&arguments.config)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(im_proto::xp("IM_THREADS", std::time::Duration::from_micros(2)).as_micros() as usize).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(config.threads).enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;

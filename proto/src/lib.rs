@@ -29,8 +29,3 @@ pub mod store {
 pub mod state {
     tonic::include_proto!("im.state.v1");
 }
-
-/// XP
-pub fn xp(name: &'static str, default: std::time::Duration) -> std::time::Duration { // XP
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).map_or(default, std::time::Duration::from_micros) // XP
-} // XP

@@ -102,9 +102,7 @@ pub struct OutboxReader<F> {
 
 impl<F> OutboxReader<F> {
     fn begin_rest(&mut self) {
-        let gather = crate::xp("IM_GATHER_US", GATHER); // XP
-        if gather.is_zero() { return; } // XP
-        let until = Instant::now() + gather;
+        let until = Instant::now() + GATHER;
         match &mut self.rest {
             Some(rest) => rest.as_mut().reset(until),
             None => self.rest = Some(Box::pin(sleep_until(until))),

@@ -770,10 +770,10 @@ mod tests {
         let last = commits(&mut core, at(2_500));
         assert!(last[0].1[0].release, "the last batch gives the shard back");
         core.take_outputs();
-        core.handle(at(2_800), Input::Answered {
-            call: last[0].0,
-            answer: Ok(StoreAnswer::Commit(vec![store::Outcome::Committed])),
-        });
+        core.handle(
+            at(2_800),
+            Input::Answered { call: last[0].0, answer: Ok(StoreAnswer::Commit(vec![store::Outcome::Committed])) },
+        );
         assert_eq!(core.held().count(), 0);
     }
 }

@@ -33,8 +33,8 @@ use tokio::time::timeout;
 
 use super::{
     ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, Duplicate, HOLES_MAX, LogEntry, LogRange, OpenError,
-    Outcome, Released, ShardBatch, ShardRow, Store, StoreError, TRANSACTIONS, Tail, claimable, contradiction, hole_text,
-    last_puts, malformed, place_taken, prefix_end,
+    Outcome, Released, ShardBatch, ShardRow, Store, StoreError, TRANSACTIONS, Tail, claimable, contradiction,
+    hole_text, last_puts, malformed, place_taken, prefix_end,
 };
 
 /// How long anybody waits for a row lock; after it, the old owner's backends are ended.

@@ -24,8 +24,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, Duplicate, HOLES_MAX, LogEntry, LogRange, OpenError,
-    Outcome, POS_MAX, Released, ShardBatch, ShardRow, Store, StoreError, TRANSACTIONS, Tail, claimable, contradiction, hole_text,
-    last_puts, malformed, place_taken, prefix_end,
+    Outcome, POS_MAX, Released, ShardBatch, ShardRow, Store, StoreError, TRANSACTIONS, Tail, claimable, contradiction,
+    hole_text, last_puts, malformed, place_taken, prefix_end,
 };
 
 /// Write requests that may wait; whoever comes next waits to hand his in.
@@ -493,9 +493,9 @@ fn end_if_unsafe(error: &rusqlite::Error, doing: &str) {
 
 /// (pages in the write-ahead log, pages of it that are in the file).
 fn checkpoint(connection: &Connection, mode: &str) -> rusqlite::Result<(u64, u64)> {
-    connection.prepare_cached(&format!("PRAGMA wal_checkpoint({mode})"))?.query_row([], |row| {
-        Ok((row.get::<_, i64>(1)?.max(0) as u64, row.get::<_, i64>(2)?.max(0) as u64))
-    })
+    connection
+        .prepare_cached(&format!("PRAGMA wal_checkpoint({mode})"))?
+        .query_row([], |row| Ok((row.get::<_, i64>(1)?.max(0) as u64, row.get::<_, i64>(2)?.max(0) as u64)))
 }
 
 fn checkpoint_until_closed(connection: &Connection, woken: &Receiver<()>) {

@@ -305,7 +305,11 @@ pub fn recorded_transactions(log: &Path) -> Outcome<Vec<usize>> {
     let lines = text.lines().filter(|line| line.contains(TRANSACTIONS));
     let rows = lines.filter_map(|line| line.rsplit_once("rows=")?.1.split_whitespace().next()?.parse().ok());
     let transactions: Vec<usize> = rows.filter(|rows| *rows > 0).collect();
-    if transactions.is_empty() { Err(format!("{} has no transactions", log.display()).into()) } else { Ok(transactions) }
+    if transactions.is_empty() {
+        Err(format!("{} has no transactions", log.display()).into())
+    } else {
+        Ok(transactions)
+    }
 }
 
 /// User and system time that a process used.

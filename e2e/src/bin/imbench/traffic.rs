@@ -120,7 +120,8 @@ pub async fn steady(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
         let one = "one message a commit";
         table.add(format!("messages per commit, {name}"), "", ours.rows_per_commit, one, 1.0, Wanted::Shown);
     }
-    let (delivery, peer) = (number(&with_peers.result, "/deliveryMillis/p99")?, number(&theirs, "/deliveryMillis/p99")?);
+    let (delivery, peer) =
+        (number(&with_peers.result, "/deliveryMillis/p99")?, number(&theirs, "/deliveryMillis/p99")?);
     table.add("delivery p99 at 5,000/s", "ms", delivery, "mosquitto (not durable)", peer, Wanted::Shown);
     table.add(
         "saturating rate, same machine as the load",
