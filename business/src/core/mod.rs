@@ -113,6 +113,8 @@ pub enum Input {
     ControlUp(Hello),
     /// The control service commands.
     Command(Command),
+    /// The member ends: every shard is given up, to nobody in particular.
+    ReleaseAll,
     /// Our link to another business member is up.
     PeerUp(MemberId),
     /// It broke.
@@ -434,6 +436,7 @@ impl Core {
                 self.env.report(report::Report::Hello(hello));
             }
             Input::Command(command) => self.command(command),
+            Input::ReleaseAll => self.release_all(),
             Input::PeerUp(peer) => self.env.router.link_up(&peer),
             Input::PeerDown(peer) => self.env.router.link_down(&peer),
             Input::PeerFrames { peer, frames } => {

@@ -115,6 +115,18 @@ impl Core {
         }
     }
 
+    /// Gives up every shard, to whoever comes.
+    pub(super) fn release_all(&mut self) {
+        for slot in self.slots.values_mut() {
+            if let Slot::Owned(owned) = slot
+                && owned.leaving.is_none()
+            {
+                owned.leave(&mut self.env, String::new());
+            }
+        }
+        self.release_what_is_empty();
+    }
+
     fn map(&mut self, map: control::Map) {
         if map.number < self.number {
             return;

@@ -104,12 +104,13 @@ pub fn parse(page: &str) -> Sample {
     sample
 }
 
-/// What control exports, in Prometheus' text format: the numbers of the status.
+/// What control exports, in Prometheus' text format: the numbers of the status, and what `register` adds.
 ///
 /// # Errors
 /// None that can happen: it is written to memory.
-pub fn export(status: &Status) -> Result<String, std::fmt::Error> {
+pub fn export(status: &Status, register: impl FnOnce(&mut Registry)) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("im");
+    register(&mut registry);
     let members = Family::<[(&str, &str); 2], Gauge>::default();
     for (tier, shown) in [("gateway", &status.tiers.gateway), ("business", &status.tiers.business)] {
         for (count, value) in [("running", shown.replicas), ("ready", shown.ready), ("desired", shown.desired)] {
@@ -162,7 +163,7 @@ mod tests {
         status.tiers.gateway.desired = 3;
         status.shards.total = 256;
         status.no_message_lost.status = "True".into();
-        let page = export(&status).expect("written to memory");
+        let page = export(&status, |_| ()).expect("written to memory");
         for line in [
             "im_tier_members{tier=\"gateway\",count=\"desired\"} 3",
             "im_shards{count=\"total\"} 256",
@@ -172,7 +173,7 @@ mod tests {
         ] {
             assert!(page.lines().any(|found| found == line), "no `{line}` in\n{page}");
         }
-        let silent = export(&Status::default()).expect("written to memory");
+        let silent = export(&Status::default(), |_| ()).expect("written to memory");
         assert!(!silent.contains("im_watermark_lag_seconds"), "unknown is not zero");
     }
 
