@@ -630,7 +630,8 @@ impl OwnedShard {
         bytes_left: &mut usize,
     ) -> Option<ShardBatch> {
         let now = env.now.mono;
-        if self.under_way.is_some() || now < self.write_again_at {
+        let is_released = self.leaving.as_ref().is_some_and(|leaving| leaving.releasing);
+        if self.under_way.is_some() || is_released || now < self.write_again_at {
             return None;
         }
         let watermark = self.outgoing.watermark(self.head_pos);
@@ -664,7 +665,7 @@ impl OwnedShard {
         // The last batch of a shard that leaves gives it back as well.
         let release = self.ops.is_empty()
             && self.parked.is_empty()
-            && self.leaving.as_ref().is_some_and(|leaving| !leaving.releasing && leaving.ask_at <= now);
+            && self.leaving.as_ref().is_some_and(|leaving| leaving.ask_at <= now);
         if formed.is_empty() && watermark.is_none() {
             return None;
         }

@@ -72,7 +72,7 @@ impl Default for Limits {
             parked_max: 100_000,
             notify_window: 2_048,
             commits_max: 2,
-            commit_spacing: Duration::from_millis(2),
+            commit_spacing: Duration::from_millis(4),
             commit_ops_max: 4_096,
             commit_bytes_max: 4 << 20,
             cached_max: 200_000,
@@ -590,7 +590,8 @@ impl Core {
     pub fn commit(&mut self, now: Now) {
         self.env.now = now;
         // Whoever waits for a shard that leaves has waited enough.
-        self.next.commit_waits = now.mono < self.next.commit && !std::mem::take(&mut self.env.is_urgent);
+        let is_urgent = std::mem::take(&mut self.env.is_urgent);
+        self.next.commit_waits = now.mono < self.next.commit && !is_urgent;
         if self.next.commit_waits {
             return;
         }
