@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -198,7 +198,14 @@ async fn run_core(shell: Arc<Shell>, store: Arc<dyn Store>, mut inbox: mpsc::Rec
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut batch = Vec::with_capacity(INPUTS_AT_ONCE);
+    let mut commit_timer = Box::pin(sleep(Duration::ZERO));
     loop {
+        let commit_at = core.commit_at().map(|at| (started + at).into());
+        if let Some(at) = commit_at
+            && commit_timer.deadline() != at
+        {
+            commit_timer.as_mut().reset(at);
+        }
         tokio::select! {
             received = inbox.recv_many(&mut batch, INPUTS_AT_ONCE) => {
                 if received == 0 {
@@ -208,8 +215,9 @@ async fn run_core(shell: Arc<Shell>, store: Arc<dyn Store>, mut inbox: mpsc::Rec
                     shell.fail_points.before_input(&input);
                     core.take(now(), input);
                 }
-                core.commit();
+                core.commit(now());
             }
+            () = &mut commit_timer, if commit_at.is_some() => core.commit(now()),
             _ = tick.tick() => {
                 core.handle(now(), Input::Tick);
                 let mut snapshot = shell.metrics.0.lock();

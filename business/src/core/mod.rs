@@ -52,6 +52,9 @@ pub struct Limits {
     pub notify_window: usize,
     /// Commits under way at once. Two: while one is made durable the next one fills.
     pub commits_max: usize,
+    /// Between the starts of two commits. A commit costs about the same whether it has one row or thirty (an fsync, a call, wake-ups in
+    /// three processes), so a little patience under load saves most of it; the first write after a silence does not wait.
+    pub commit_spacing: Duration,
     /// Rows and bytes of one commit.
     pub commit_ops_max: usize,
     /// Payload bytes of one commit.
@@ -69,6 +72,7 @@ impl Default for Limits {
             parked_max: 100_000,
             notify_window: 2_048,
             commits_max: 2,
+            commit_spacing: Duration::from_millis(4),
             commit_ops_max: 4_096,
             commit_bytes_max: 4 << 20,
             cached_max: 200_000,
@@ -262,6 +266,8 @@ struct Env {
     settled: Vec<JobKey>,
     loopback: VecDeque<Loop>,
     outputs: Vec<Output>,
+    /// Somebody waits for the next commit who should not wait for its time.
+    is_urgent: bool,
     stats: Stats,
 }
 
@@ -339,6 +345,10 @@ struct Schedule {
     check: Duration,
     heartbeat: Duration,
     sweep: Duration,
+    /// The next commit may start.
+    commit: Duration,
+    /// Something may wait for that.
+    commit_waits: bool,
     /// A check is under way.
     checking: bool,
     last_answer: Duration,
@@ -366,6 +376,7 @@ impl Core {
             settled: Vec::new(),
             loopback: VecDeque::new(),
             outputs: Vec::new(),
+            is_urgent: false,
             stats: Stats::default(),
         };
         Self { env, slots: BTreeMap::new(), term: 0, number: 0, next: Schedule::default() }
@@ -406,7 +417,7 @@ impl Core {
     /// Something happened.
     pub fn handle(&mut self, now: Now, input: Input) {
         self.take(now, input);
-        self.commit();
+        self.commit(now);
     }
 
     /// Something happened, and more is about to be told at once: [`Core::commit`] comes behind the last of it, so that what came
@@ -434,7 +445,10 @@ impl Core {
                 for frame in frames {
                     match frame.frame {
                         Some(server_frame::Frame::Owned(owned)) => self.env.router.owned(&peer, &owned),
-                        Some(server_frame::Frame::Moved(moved)) => self.env.router.moved(&moved),
+                        Some(server_frame::Frame::Moved(moved)) => {
+                            self.env.router.moved(&moved);
+                            self.handed_over(&moved);
+                        }
                         Some(server_frame::Frame::Reply(reply)) => self.env.router.reply(reply),
                         _ => {}
                     }
@@ -530,7 +544,9 @@ impl Core {
     fn request(&mut self, link: LinkId, request: Request) {
         let Request { id, shard, epoch, again, order, oldest, .. } = request;
         let to = ReplyTo { link, id, epoch, again, order, oldest };
-        let moved = |destination: &str| Outcome::Moved(Moved { shard, ended: epoch, to: destination.to_owned() });
+        let moved = |destination: &str| {
+            Outcome::Moved(Moved { shard, ended: epoch, to: destination.to_owned(), released: false })
+        };
         match self.slots.get_mut(&shard) {
             Some(Slot::Owned(owned)) if owned.epoch == epoch && owned.leaving.is_none() => {
                 let Ok(Body { body: Some(body) }) = Body::decode(request.body) else {
@@ -566,8 +582,21 @@ impl Core {
         }
     }
 
+    /// When [`Core::commit`] is to be called again if nothing happens until then: something was asked sooner than the next commit may
+    /// start.
+    pub fn commit_at(&self) -> Option<Duration> {
+        self.next.commit_waits.then_some(self.next.commit)
+    }
+
     /// Forms commits of all shards that have something to write and nothing under way, as many as may be under way.
-    pub fn commit(&mut self) {
+    pub fn commit(&mut self, now: Now) {
+        self.env.now = now;
+        // Whoever waits for a shard that leaves has waited enough.
+        let is_urgent = std::mem::take(&mut self.env.is_urgent);
+        self.next.commit_waits = now.mono < self.next.commit && !is_urgent;
+        if self.next.commit_waits {
+            return;
+        }
         let commits = self.env.calls.values().filter(|context| matches!(context, Context::Commit { .. })).count();
         for _ in commits..self.env.limits.commits_max {
             let (mut batches, mut shards) = (Vec::new(), Vec::new());
@@ -586,6 +615,7 @@ impl Core {
             if batches.is_empty() {
                 return;
             }
+            self.next.commit = now.mono + self.env.limits.commit_spacing;
             self.env.stats.commits += 1;
             self.env.stats.batches += batches.len() as u64;
             let at = self.env.now.mono;
@@ -638,5 +668,118 @@ fn owned_at(slots: &mut BTreeMap<u32, Slot>, shard: u32, epoch: u64) -> Option<&
     match slots.get_mut(&shard) {
         Some(Slot::Owned(owned)) if owned.epoch == epoch => Some(owned),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use im_proto::control::{self, command};
+    use im_proto::link::Send;
+
+    use super::calls::ConversationRows;
+    use super::*;
+    use crate::store::{self, Acquired, ShardBatch, Tail};
+
+    const GATEWAY: LinkId = LinkId(1);
+
+    fn at(micros: u64) -> Now {
+        Now { mono: Duration::from_micros(micros), wall_ms: 1 }
+    }
+
+    fn command(core: &mut Core, now: Now, command: command::Command) {
+        core.handle(now, Input::Command(Command { term: 1, command: Some(command) }));
+    }
+
+    /// Answers what is asked of an empty store, but for commits, which are given back.
+    fn commits(core: &mut Core, now: Now) -> Vec<(u64, Vec<ShardBatch>)> {
+        let mut commits = Vec::new();
+        loop {
+            let outputs = core.take_outputs();
+            if outputs.is_empty() {
+                return commits;
+            }
+            for output in outputs {
+                let Output::Call { call, request } = output else { continue };
+                let answer = match request {
+                    StoreCall::Commit(batches) => {
+                        commits.push((call, batches));
+                        continue;
+                    }
+                    StoreCall::Shards => StoreAnswer::Shards(Vec::new()),
+                    StoreCall::Acquire(_) => {
+                        let tail = Tail { shard: 0, epoch: 1, head_pos: 0, watermark: 0, hole: false };
+                        StoreAnswer::Acquire(vec![Acquired::Won(tail)])
+                    }
+                    StoreCall::LoadConversation { .. } => StoreAnswer::LoadConversation(ConversationRows::default()),
+                    // People's state has no part in this.
+                    _ => continue,
+                };
+                core.handle(now, Input::Answered { call, answer: Ok(answer) });
+            }
+        }
+    }
+
+    /// Owns the only shard and has a gateway's link.
+    fn owner() -> Core {
+        let limits = Limits { commit_spacing: Duration::from_millis(2), ..Limits::default() };
+        let mut core = Core::new(MemberId::new("business-0", 1).expect("a good name"), limits, at(0));
+        command(&mut core, at(0), command::Command::Map(control::Map { number: 1, shards: 1, ..Default::default() }));
+        let row = control::ShardRow { shard: 0, epoch: 0, owner: String::new() };
+        command(&mut core, at(0), command::Command::Acquire(control::Acquire { expected: vec![row] }));
+        assert!(commits(&mut core, at(0)).is_empty());
+        let peer = MemberId::new("gateway-0", 1).expect("a good name");
+        core.handle(at(0), Input::LinkOpened { link: GATEWAY, peer, role: Role::Gateway });
+        core
+    }
+
+    fn send(core: &mut Core, now: Now, id: u64) -> Vec<(u64, Vec<ShardBatch>)> {
+        let send = Send {
+            conversation: "u/ann/bob".into(),
+            sender: "ann".into(),
+            device: "phone".into(),
+            client_id: format!("{id}"),
+            ..Send::default()
+        };
+        let body = Body { body: Some(body::Body::Send(send)) }.encode_to_vec().into();
+        let request = Request { id, shard: 0, epoch: 1, body, ..Request::default() };
+        let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request)) };
+        core.handle(now, Input::Frames { link: GATEWAY, frames: vec![frame] });
+        commits(core, now)
+    }
+
+    fn stored(core: &mut Core, now: Now, call: u64) {
+        let answer = Ok(StoreAnswer::Commit(vec![store::Outcome::Committed]));
+        core.handle(now, Input::Answered { call, answer });
+        assert!(commits(core, now).is_empty());
+    }
+
+    #[test]
+    fn a_commit_waits_for_its_time_unless_it_is_the_last_of_a_shard() {
+        let mut core = owner();
+        let first = send(&mut core, at(0), 1);
+        assert_eq!(first.len(), 1, "after a silence nobody waits");
+        stored(&mut core, at(300), first[0].0);
+        assert_eq!(core.commit_at(), None, "nothing waits");
+
+        assert!(send(&mut core, at(500), 2).is_empty());
+        assert!(send(&mut core, at(900), 3).is_empty());
+        assert_eq!(core.commit_at(), Some(Duration::from_millis(2)));
+        core.commit(at(2_000));
+        let second = commits(&mut core, at(2_000));
+        assert_eq!(second[0].1[0].appends.len(), 2, "what came meanwhile goes together");
+        assert!(!second[0].1[0].release);
+        stored(&mut core, at(2_300), second[0].0);
+
+        assert!(send(&mut core, at(2_400), 4).is_empty());
+        let release = control::Release { shard: 0, epoch: 1, to: "business-1/0000000000000001".into() };
+        command(&mut core, at(2_500), command::Command::Release(release));
+        let last = commits(&mut core, at(2_500));
+        assert!(last[0].1[0].release, "the last batch gives the shard back");
+        core.take_outputs();
+        core.handle(
+            at(2_800),
+            Input::Answered { call: last[0].0, answer: Ok(StoreAnswer::Commit(vec![store::Outcome::Committed])) },
+        );
+        assert_eq!(core.held().count(), 0);
     }
 }
