@@ -344,10 +344,20 @@ fn gauge_query(metric: BuiltIn, namespace: Option<&str>, prefix: &str) -> String
     )
 }
 
+/// A pod, and what else tells its series from one another.
+type Identity<'a> = (&'a str, BTreeMap<&'a str, &'a str>);
+
+/// The two halves of a gauge's series.
+#[derive(Default)]
+struct Pair {
+    value: Option<f64>,
+    age: Option<Duration>,
+}
+
 /// Joins values and times of each pod's series. Several series of a pod are added up, the oldest sample's age counts.
 fn ages(data: &Data) -> Result<BTreeMap<String, Aged>, PrometheusError> {
     let Data::Vector(vector) = data else { return Err(PrometheusError::NotPrometheus("a gauge is no vector".into())) };
-    let mut pairs: BTreeMap<(&str, BTreeMap<&str, &str>), (Option<f64>, Option<Duration>)> = BTreeMap::new();
+    let mut pairs: BTreeMap<Identity<'_>, Pair> = BTreeMap::new();
     for series in vector {
         let labels = series.metric();
         let Some(pod) = labels.get("pod") else { continue };
@@ -358,8 +368,8 @@ fn ages(data: &Data) -> Result<BTreeMap<String, Aged>, PrometheusError> {
         let pair = pairs.entry((pod, identity.collect())).or_default();
         let sample = series.sample();
         match labels.get(WHAT).map(String::as_str) {
-            Some("value") => pair.0 = Some(sample.value()),
-            Some("at") => pair.1 = Duration::try_from_secs_f64((sample.timestamp() - sample.value()).max(0.0)).ok(),
+            Some("value") => pair.value = Some(sample.value()),
+            Some("at") => pair.age = Duration::try_from_secs_f64((sample.timestamp() - sample.value()).max(0.0)).ok(),
             _ => {}
         }
     }
@@ -367,7 +377,7 @@ fn ages(data: &Data) -> Result<BTreeMap<String, Aged>, PrometheusError> {
     let mut broken = Vec::new();
     for ((pod, _), pair) in pairs {
         match pair {
-            (Some(value), Some(age)) if value.is_finite() => {
+            Pair { value: Some(value), age: Some(age) } if value.is_finite() => {
                 let known = pods.entry(pod.to_owned()).or_insert(Aged { value: 0.0, age });
                 known.value += value;
                 known.age = known.age.max(age);
