@@ -96,6 +96,9 @@ pub struct ImClusterSpec {
     /// What holds for every message.
     #[serde(default)]
     pub messages: Messages,
+    /// Where the autoscaler's metrics come from.
+    #[serde(default)]
+    pub metrics: Metrics,
 }
 
 /// Whether decisions are carried out or only shown.
@@ -385,7 +388,7 @@ impl Default for Drain {
         "message": "replicas and autoscaling exclude each other: remove one of them"
     },
     {
-        "rule": "!has(self.autoscaling) || self.autoscaling.metrics.all(metric, metric.builtIn.name != 'Connections')",
+        "rule": "!has(self.autoscaling) || self.autoscaling.metrics.all(metric, !has(metric.builtIn) || metric.builtIn.name != 'Connections')",
         "message": "business members hold no client connections: use MessagesPerSecond or CpuUtilization"
     }
 ]))]
@@ -500,28 +503,75 @@ fn default_metrics() -> Vec<Metric> {
     vec![BuiltInMetric { name: BuiltIn::CpuUtilization, target }.into()]
 }
 
-/// One thing that the autoscaler looks at: HPA's discriminated union, so that other types can be added.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Metric {
-    /// Which of the fields beside it is set.
-    #[serde(rename = "type")]
-    pub kind: MetricType,
+/// One thing that the autoscaler looks at: HPA's discriminated union, written as `type` and the field that it names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "WrittenMetric", into = "WrittenMetric")]
+pub enum Metric {
     /// A metric that every member of the tier exports.
-    pub built_in: BuiltInMetric,
+    BuiltIn(BuiltInMetric),
+    /// What a query of one's own says.
+    Prometheus(PrometheusMetric),
 }
 
 impl From<BuiltInMetric> for Metric {
     fn from(built_in: BuiltInMetric) -> Self {
-        Self { kind: MetricType::BuiltIn, built_in }
+        Self::BuiltIn(built_in)
     }
 }
 
-/// The kinds of [`Metric`].
+/// What `type` of a [`Metric`] can say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum MetricType {
     /// A metric that every member of the tier exports.
     BuiltIn,
+    /// What a query of one's own says.
+    Prometheus,
+}
+
+/// A [`Metric`] as it is written.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "has(self.builtIn) == (self.type == 'BuiltIn') && has(self.prometheus) == (self.type == 'Prometheus')",
+    "message": "set just the field that type names: builtIn for type BuiltIn, prometheus for type Prometheus"
+}]))]
+struct WrittenMetric {
+    /// Which of the fields beside it is set.
+    #[serde(rename = "type")]
+    kind: MetricType,
+    /// A metric that every member of the tier exports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    built_in: Option<BuiltInMetric>,
+    /// What a query of one's own says; it needs a Prometheus, see `spec.metrics`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    prometheus: Option<PrometheusMetric>,
+}
+
+impl TryFrom<WrittenMetric> for Metric {
+    type Error = &'static str;
+
+    fn try_from(written: WrittenMetric) -> Result<Self, Self::Error> {
+        match written {
+            WrittenMetric { kind: MetricType::BuiltIn, built_in: Some(built_in), prometheus: None } => {
+                Ok(Self::BuiltIn(built_in))
+            }
+            WrittenMetric { kind: MetricType::Prometheus, built_in: None, prometheus: Some(prometheus) } => {
+                Ok(Self::Prometheus(prometheus))
+            }
+            _ => Err("set just the field that type names: builtIn for type BuiltIn, prometheus for type Prometheus"),
+        }
+    }
+}
+
+impl From<Metric> for WrittenMetric {
+    fn from(metric: Metric) -> Self {
+        match metric {
+            Metric::BuiltIn(built_in) => Self { kind: MetricType::BuiltIn, built_in: Some(built_in), prometheus: None },
+            Metric::Prometheus(prometheus) => {
+                Self { kind: MetricType::Prometheus, built_in: None, prometheus: Some(prometheus) }
+            }
+        }
+    }
 }
 
 /// A metric that every member of the tier exports, with its target.
@@ -568,6 +618,81 @@ pub enum TargetType {
     AverageValue,
     /// The percentage of what a member may use.
     Utilization,
+}
+
+/// What a query of one's own says, with its target.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "!self.perPod || self.target.type == 'AverageValue'",
+    "message": "perPod takes a target of type AverageValue: Value is for one number of the whole tier"
+}]))]
+pub struct PrometheusMetric {
+    /// PromQL. Without `perPod` all series of the result are added up. Keep its ranges short: an average over five
+    /// minutes is five minutes late.
+    #[schemars(length(min = 1, max = 4096))]
+    pub query: String,
+    /// Where it should be.
+    pub target: QueryTarget,
+    /// The result has one series for each member, labelled `pod` with the member's name.
+    #[serde(default)]
+    pub per_pod: bool,
+}
+
+/// Where the result of a query should be.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct QueryTarget {
+    /// What `value` means.
+    #[serde(rename = "type")]
+    pub kind: QueryTargetType,
+    /// In the unit of the query.
+    #[schemars(range(min = 0.001, max = 1e15))]
+    pub value: f64,
+}
+
+/// What a query's target means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum QueryTargetType {
+    /// What the result itself should be, however many members there are: twice of it asks for twice the members. For what
+    /// falls as members are added, such as a delay.
+    Value,
+    /// What each member's share should be: of the result without `perPod`, on average with it.
+    AverageValue,
+}
+
+/// Where the autoscaler's metrics come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Metrics {
+    /// The Prometheus to ask. Left out: the one that the operator was started with, if any; else the members themselves
+    /// are asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prometheus: Option<Prometheus>,
+}
+
+/// How to reach Prometheus, or what speaks its HTTP API.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Prometheus {
+    /// Base URL, for example `http://prometheus.monitoring:9090`; `/api/v1/…` is added. Members have to be scraped at
+    /// least each 15 s, with the labels `namespace` and `pod`, as a PodMonitor does.
+    #[schemars(
+        length(max = 2048),
+        extend("x-kubernetes-validations" = [{
+            "rule": "self.matches('^https?://[^/ ?#]+(/[^ ?#]*)?$')",
+            "message": "write http://HOST[:PORT][/PATH] or https://…, for example http://prometheus.monitoring:9090"
+        }])
+    )]
+    pub url: String,
+    /// File with the bearer token that it wants.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub token_file: Option<String>,
+    /// PEM file with the certificates of the authorities that its own certificate may be from. Left out: the system's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub ca_file: Option<String>,
 }
 
 /// How fast a tier grows and shrinks.

@@ -3,8 +3,8 @@
 //! `tests/rules.rs` runs both over the same objects.
 
 use crate::{
-    Auth, Autoscaling, Behavior, BuiltIn, ImCluster, JwtAuth, Postgres, Scaling, ScalingRules, Storage, TargetType,
-    Violation,
+    Auth, Autoscaling, Behavior, BuiltIn, BuiltInMetric, ImCluster, JwtAuth, Metric, Postgres, Prometheus,
+    PrometheusMetric, QueryTargetType, Scaling, ScalingRules, Storage, TargetType, Violation,
 };
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -67,6 +67,9 @@ impl ImCluster {
         }
         check_gateway(&mut checker, self);
         check_business(&mut checker, self);
+        if let Some(prometheus) = &spec.metrics.prometheus {
+            check_prometheus(&mut checker, prometheus);
+        }
         let messages = &spec.messages;
         checker.within("spec.messages.catchUp", messages.catch_up, 1..=100_000);
         checker.within("spec.messages.maxPayload", messages.max_payload, 1..=16_777_216);
@@ -160,7 +163,10 @@ fn check_business(checker: &mut Checker, cluster: &ImCluster) {
     check_scaling(checker, "spec.business", business.replicas, business.scaling());
     let no_connections = match business.scaling() {
         Scaling::Fixed(_) => true,
-        Scaling::Auto(auto) => auto.metrics.iter().all(|metric| metric.built_in.name != BuiltIn::Connections),
+        Scaling::Auto(auto) => auto
+            .metrics
+            .iter()
+            .all(|metric| !matches!(metric, Metric::BuiltIn(BuiltInMetric { name: BuiltIn::Connections, .. }))),
     };
     checker.require(
         no_connections,
@@ -197,18 +203,53 @@ fn check_autoscaling(checker: &mut Checker, path: &str, autoscaling: &Autoscalin
     let metrics = autoscaling.metrics.len();
     checker.require((1..=16).contains(&metrics), &format!("{path}.metrics"), "list from 1 to 16 metrics");
     for (i, metric) in autoscaling.metrics.iter().enumerate() {
-        let path = format!("{path}.metrics[{i}].builtIn");
-        let target = metric.built_in.target;
-        checker.within(format!("{path}.target.value"), target.value, 1..=u32::MAX);
-        checker.require(
-            (metric.built_in.name == BuiltIn::CpuUtilization) == (target.kind == TargetType::Utilization),
-            &path,
-            "CpuUtilization takes a target of type Utilization (percent), every other metric one of type AverageValue",
-        );
+        let path = format!("{path}.metrics[{i}]");
+        match metric {
+            Metric::BuiltIn(metric) => check_built_in(checker, &format!("{path}.builtIn"), metric),
+            Metric::Prometheus(metric) => check_query(checker, &format!("{path}.prometheus"), metric),
+        }
     }
     let Behavior { scale_up, scale_down } = &autoscaling.behavior;
     check_rules(checker, &format!("{path}.behavior.scaleUp"), scale_up);
     check_rules(checker, &format!("{path}.behavior.scaleDown"), scale_down);
+}
+
+fn check_built_in(checker: &mut Checker, path: &str, metric: &BuiltInMetric) {
+    checker.within(format!("{path}.target.value"), metric.target.value, 1..=u32::MAX);
+    checker.require(
+        (metric.name == BuiltIn::CpuUtilization) == (metric.target.kind == TargetType::Utilization),
+        path,
+        "CpuUtilization takes a target of type Utilization (percent), every other metric one of type AverageValue",
+    );
+}
+
+fn check_query(checker: &mut Checker, path: &str, metric: &PrometheusMetric) {
+    checker.filled(&format!("{path}.query"), Some(&metric.query));
+    let length = metric.query.chars().count();
+    checker.require(
+        length <= 4_096,
+        &format!("{path}.query"),
+        "is longer than 4096 characters: make it a recording rule",
+    );
+    checker.within(format!("{path}.target.value"), metric.target.value, 0.001..=1e15);
+    checker.require(
+        !metric.per_pod || metric.target.kind == QueryTargetType::AverageValue,
+        path,
+        "perPod takes a target of type AverageValue: Value is for one number of the whole tier",
+    );
+}
+
+fn check_prometheus(checker: &mut Checker, prometheus: &Prometheus) {
+    let path = "spec.metrics.prometheus";
+    let rest = prometheus.url.strip_prefix("https://").or_else(|| prometheus.url.strip_prefix("http://"));
+    checker.require(
+        rest.is_some_and(|rest| !rest.starts_with('/') && !rest.is_empty() && !rest.contains([' ', '?', '#'])),
+        &format!("{path}.url"),
+        "write http://HOST[:PORT][/PATH] or https://…, for example http://prometheus.monitoring:9090",
+    );
+    checker.require(prometheus.url.chars().count() <= 2_048, &format!("{path}.url"), "is longer than 2048 characters");
+    checker.filled(&format!("{path}.tokenFile"), prometheus.token_file.as_deref());
+    checker.filled(&format!("{path}.caFile"), prometheus.ca_file.as_deref());
 }
 
 fn check_rules(checker: &mut Checker, path: &str, rules: &ScalingRules) {

@@ -123,6 +123,29 @@ fn rust_and_cel_refuse_the_same_in_the_same_words() {
             "spec.gateway.autoscaling.metrics[0].builtIn",
             "CpuUtilization takes a target of type Utilization",
         ),
+        (
+            auto("gateway", "maxReplicas: 2, metrics: [{type: Prometheus}]"),
+            "spec.gateway.autoscaling.metrics[0]",
+            "set just the field that type names",
+        ),
+        (
+            auto(
+                "business",
+                "maxReplicas: 2, metrics: [{type: BuiltIn, prometheus: {query: up, target: {type: Value, value: 1}}}]",
+            ),
+            "spec.business.autoscaling.metrics[0]",
+            "set just the field that type names",
+        ),
+        (
+            auto(
+                "gateway",
+                "maxReplicas: 2, metrics: [{type: Prometheus, prometheus: {query: up, perPod: true, target: {type: Value, value: 1}}}]",
+            ),
+            "spec.gateway.autoscaling.metrics[0].prometheus",
+            "perPod takes a target of type AverageValue",
+        ),
+        (with("metrics: {prometheus: {url: 'prometheus:9090'}}"), "spec.metrics.prometheus.url", "write http://HOST"),
+        (with("metrics: {prometheus: {url: 'http://p/?q=1'}}"), "spec.metrics.prometheus.url", "write http://HOST"),
         (with("messages: {maxPayload: 300000}"), "spec", "messages.maxPayload must be below"),
     ];
     for (yaml, path, words) in cases {
@@ -134,6 +157,23 @@ fn rust_and_cel_refuse_the_same_in_the_same_words() {
     }
     let two_ways = with_auth("{insecure: {}, jwt: {keysFile: a}}");
     assert_eq!(refused_by_cel(&two_ways, None), ["set exactly one of: insecure, jwt"]);
+}
+
+#[test]
+fn own_queries_are_read_and_written() {
+    let lines = "maxReplicas: 9, metrics: [
+        {type: Prometheus, prometheus: {query: 'sum(rate(im_acked_total[30s]))', target: {type: AverageValue, value: 250}}},
+        {type: Prometheus, prometheus: {query: 'max(ack_seconds)', target: {type: Value, value: 0.2}}},
+        {type: BuiltIn, builtIn: {name: CpuUtilization, target: {type: Utilization, value: 70}}}]";
+    let yaml = with(&format!(
+        "metrics: {{prometheus: {{url: 'https://metrics:9090/tenant', tokenFile: /token, caFile: /ca.pem}}}}\n\
+         business: {{autoscaling: {{{}}}}}",
+        lines.replace('\n', " ")
+    ));
+    let cluster = ImCluster::parse_yaml(&yaml).expect("own queries");
+    assert_eq!(refused_by_cel(&yaml, None), Vec::<String>::new());
+    let again = cluster.to_yaml().expect("serializes");
+    assert_eq!(ImCluster::parse_yaml(&again).expect("own output"), cluster);
 }
 
 #[test]

@@ -353,7 +353,12 @@ impl Control {
         let (leadership, leads) = watch::channel(Leadership::Leading);
         let clusters = Clusters::new(leads);
         let platform = Arc::new(Eyes { machine: machine.clone(), version: AtomicU64::new(0) });
-        let led = clusters.lead(ClusterKey("default/chat".into()), TOKEN.into(), platform, Setup { timing });
+        let led = clusters.lead(
+            ClusterKey("default/chat".into()),
+            TOKEN.into(),
+            platform,
+            Setup { timing, ..Setup::default() },
+        );
         let service = tokio::spawn(serve(clusters.clone(), listener));
         Self { status: led.status.clone(), led, leadership, clusters, service }
     }

@@ -4,6 +4,7 @@ use super::ControlError;
 use super::leader::{Leader, Setup};
 use super::service::Incoming;
 use super::status::Status;
+use crate::metrics::ScalingMetrics;
 use crate::platform::Platform;
 use im_crds::ImCluster;
 use parking_lot::RwLock;
@@ -81,18 +82,26 @@ pub struct Clusters {
     routes: RwLock<HashMap<ClusterKey, Route>>,
     next_id: AtomicU64,
     refused: Family<Reason, Counter>,
+    scaling: ScalingMetrics,
 }
 
 impl Clusters {
     /// No clusters yet. While `leadership` says that another one leads, members are sent there.
     pub fn new(leadership: watch::Receiver<Leadership>) -> Arc<Self> {
-        Arc::new(Self { leadership, routes: RwLock::default(), next_id: AtomicU64::new(0), refused: Family::default() })
+        Arc::new(Self {
+            leadership,
+            routes: RwLock::default(),
+            next_id: AtomicU64::new(0),
+            refused: Family::default(),
+            scaling: ScalingMetrics::default(),
+        })
     }
 
-    /// Exports how many members were refused, and why.
+    /// Exports how many members were refused, and why; and what scaling did.
     pub fn register(&self, registry: &mut Registry) {
         let help = "Members that dialled in and were refused";
         registry.register("control_joins_refused", help, self.refused.clone());
+        self.scaling.register(registry);
     }
 
     /// Decides for a cluster on a task of its own until the returned [`Led`] is dropped. Members that present `token` are
@@ -104,7 +113,8 @@ impl Clusters {
         let (incoming, inbox) = mpsc::channel(INCOMING_MAX);
         let (shown, status) = watch::channel(Status::default());
         self.routes.write().insert(key.clone(), Route { id, token, incoming });
-        let task = tokio::spawn(async move { Leader::new(platform, setup, shown).await?.run(inbox).await });
+        let scaling = self.scaling.clone();
+        let task = tokio::spawn(async move { Leader::new(platform, setup, scaling, shown).await?.run(inbox).await });
         Led { status, task: Some(task), registration: Registration { clusters: self.clone(), key, id } }
     }
 
@@ -192,6 +202,7 @@ impl Registration {
         let mut routes = self.clusters.routes.write();
         if routes.get(&self.key).is_some_and(|route| route.id == self.id) {
             routes.remove(&self.key);
+            self.clusters.scaling.forget(&self.key.0);
         }
     }
 }

@@ -1,21 +1,21 @@
 //! The one loop that decides. See [`Leader`].
 
-use super::ControlError;
 use super::proposal::{APPROVE_ANNOTATION, Change, Content, Proposals, Verdict};
-use super::scaling::{Measured, Scaler, Wanted};
+use super::scaling::{Observed, Scaler, Wanted, clock};
 use super::service::{Incoming, Outbox, StreamId};
 use super::status::{
     DrainStatus, EVENTS_MAX, Event as Happening, FileStatus, MOVES_LISTED_MAX, MemberStatus, MoveStatus, Proposal,
     Shards, Status, TierStatus, Tiers, member_state, no_message_lost, rfc3339,
 };
 use super::tiers::{Stage, Step, TierMember, drain_rate, level_rate, next_steps};
-use crate::autoscale::MemberState;
-use crate::metrics::{Sample, scrape};
+use super::{ClusterKey, ControlError};
+use crate::autoscale::{Member, MemberState};
+use crate::metrics::round::Connector;
+use crate::metrics::{self, Endpoint, Request, Round, ScalingMetrics, Signals, Target, measure};
 use crate::platform::process::STOP_GRACE;
 use crate::platform::{Platform, PlatformError, Process, ProcessState, Role, StoredMap, Tier, View};
 use crate::shards::moves::Phase;
 use crate::shards::{Action, Coordinator, Event, Ownership, Plan, Proposed, ShardMap, Snapshot, Timing, plan};
-use futures::future::join_all;
 use im_crds::{ImCluster, Mode, Scaling};
 use im_proto::control::{self as wire, Role as WireRole, command::Command, report::Report};
 use im_proto::ids::MemberId;
@@ -57,6 +57,8 @@ const RATE_CHANGE: f64 = 0.05;
 pub struct Setup {
     /// Deadlines of the shards' moves.
     pub timing: Timing,
+    /// Where the load is measured.
+    pub metrics: metrics::Setup,
 }
 
 /// One process that dialled in.
@@ -75,7 +77,6 @@ struct Link {
     told: Option<Order>,
     heard: Duration,
     beat: Beat,
-    sample: Option<(Duration, Sample)>,
 }
 
 /// What may be done without being asked.
@@ -166,6 +167,8 @@ enum Done {
     Saved { term: u64, outcome: Result<(), PlatformError> },
     /// A member's addresses are known.
     Described,
+    /// A round of measuring ended.
+    Measured { round: Round, connector: Connector },
 }
 
 /// The loop's state: what is known of the world, and the decisions' memory.
@@ -187,6 +190,11 @@ pub struct Leader<P> {
     remembered: BTreeMap<MemberId, String>,
     gateway: TierState,
     business: TierState,
+    signals: Signals,
+    measuring: metrics::Setup,
+    /// Goes into each round of measuring and comes back after it.
+    connector: Option<Connector>,
+    counts: ScalingMetrics,
     spread: BTreeMap<String, Spread>,
     /// Holes ever told of, by who told.
     holes: BTreeMap<MemberId, u64>,
@@ -228,6 +236,7 @@ impl<P: Platform> Leader<P> {
     pub(super) async fn new(
         platform: Arc<P>,
         setup: Setup,
+        counts: ScalingMetrics,
         status: watch::Sender<Status>,
     ) -> Result<Self, ControlError> {
         let cluster = platform.cluster()?;
@@ -253,6 +262,10 @@ impl<P: Platform> Leader<P> {
             remembered,
             gateway: TierState::default(),
             business: TierState::default(),
+            signals: Signals::default(),
+            measuring: setup.metrics,
+            connector: Some(Connector::default()),
+            counts,
             spread: BTreeMap::new(),
             holes: BTreeMap::new(),
             proposals: Proposals::default(),
@@ -281,7 +294,6 @@ impl<P: Platform> Leader<P> {
     /// # Errors
     /// [`PlatformError::Outranked`] when somebody else leads the cluster by now.
     pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Incoming>) -> Result<(), ControlError> {
-        let (samples, mut scraped) = mpsc::channel::<Vec<(MemberId, Option<Sample>)>>(1);
         let mut sweeps = interval(SWEEP_INTERVAL);
         let mut rounds = interval(ROUND_INTERVAL);
         sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -300,7 +312,6 @@ impl<P: Platform> Leader<P> {
                     Err(_) => return Ok(()),
                 },
                 Some(done) = self.tasks.join_next() => self.on_done(done)?,
-                Some(measured) = scraped.recv() => self.on_samples(measured),
                 () = sleep_until(map_due.into()), if self.map_changed && self.may_command() => self.send_map(),
                 _ = sweeps.tick() => {
                     self.decide(Event::Tick);
@@ -316,7 +327,7 @@ impl<P: Platform> Leader<P> {
                 }
                 _ = rounds.tick() => {
                     self.round_due = true;
-                    self.measure(&samples);
+                    self.measure();
                 }
             }
         }
@@ -444,6 +455,7 @@ impl<P: Platform> Leader<P> {
                 }
             }
             Ok(Done::Described) => {}
+            Ok(Done::Measured { round, connector }) => self.on_measured(round, connector),
             // Cancelled only with the loop itself; a panic is a fault of ours that must not go unseen.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
@@ -512,7 +524,6 @@ impl<P: Platform> Leader<P> {
             told: None,
             heard: now,
             beat: known.as_ref().map(|link| link.beat).unwrap_or_default(),
-            sample: known.and_then(|link| link.sample),
         };
         self.links.insert(member.clone(), link);
         self.hear_term(hello.term);
@@ -802,13 +813,17 @@ impl<P: Platform> Leader<P> {
             self.note_leaving(tier, &snapshot);
             self.note_empty(tier, &snapshot);
             let members = self.tier_members(tier, &snapshot);
-            let measured = self.measured(tier);
+            let observed = self.observed(tier);
             let cluster = self.cluster.clone();
             let scaling = scaling(&cluster, tier);
             let rolling =
                 members.iter().any(|member| member.outdated && matches!(member.stage, Stage::Starting | Stage::Ready));
             let ordered = self.view.ordered.of(tier);
-            let wanted = self.tier(tier).scaler.decide(now, scaling, &measured, ordered, rolling);
+            let mut scaler = std::mem::take(&mut self.tier(tier).scaler);
+            let observed = Observed { tier, members: &observed, ordered, rolling, signals: &self.signals };
+            let wanted = scaler.decide(now, scaling, &observed);
+            self.tier(tier).scaler = scaler;
+            self.counts.decided(&self.key().0, tier, wanted.replicas, &wanted.metrics);
             let changed = self.tier(tier).wanted.replicas != wanted.replicas;
             self.tier(tier).wanted = wanted.clone();
             if changed {
@@ -1202,49 +1217,51 @@ impl<P: Platform> Leader<P> {
 
     // ---- measuring ----------------------------------------------------------------------------------------------------
 
-    /// Scrapes every live member, off this loop; while one round of it is under way there is no second.
-    fn measure(&self, samples: &mpsc::Sender<Vec<(MemberId, Option<Sample>)>>) {
-        let Ok(permit) = samples.clone().try_reserve_owned() else { return };
-        let now = self.now();
-        let targets: Vec<(MemberId, String)> = self
-            .links
-            .iter()
-            .filter(|(_, link)| !link.admin_address.is_empty() && now.saturating_sub(link.heard) < HEARD_WITHIN)
-            .map(|(member, link)| (member.clone(), link.admin_address.clone()))
-            .collect();
-        tokio::spawn(async move {
-            let measured = join_all(targets.into_iter().map(|(member, address)| async move {
-                let sample = scrape(&address).await.inspect_err(|error| tracing::debug!(%member, %error, "scrape"));
-                (member, sample.ok())
-            }));
-            permit.send(measured.await);
+    /// Measures every live member, off this loop; while one round of it is under way there is no second.
+    fn measure(&mut self) {
+        let Some(mut connector) = self.connector.take() else { return };
+        let live = self.links.iter().filter(|(_, link)| self.now().saturating_sub(link.heard) < HEARD_WITHIN);
+        let targets = live.map(|(member, link)| Target {
+            name: member.name().to_owned(),
+            tier: link.tier,
+            address: link.admin_address.clone(),
+        });
+        let request = Request::of(&self.cluster, targets.collect(), clock(self.now()));
+        // Reads files: small ones, and anew, since tokens change.
+        let endpoint = Endpoint::of(&self.cluster, &self.measuring);
+        self.tasks.spawn(async move {
+            let round = measure(&mut connector, endpoint, &request).await;
+            Done::Measured { round, connector }
         });
     }
 
-    fn on_samples(&mut self, measured: Vec<(MemberId, Option<Sample>)>) {
-        let now = self.now();
-        for (member, sample) in measured {
-            if let (Some(link), Some(sample)) = (self.links.get_mut(&member), sample) {
-                link.sample = Some((now, sample));
-            }
+    fn on_measured(&mut self, round: Round, connector: Connector) {
+        self.connector = Some(connector);
+        for error in round.prometheus.iter().flat_map(metrics::round::Answers::errors) {
+            self.counts.failed(&self.key().0, error.reason());
         }
+        let members = self.view.processes.iter().map(|process| process.name.clone()).collect();
+        self.signals.absorb(&rfc3339(SystemTime::now()), &members, round);
     }
 
     /// What the autoscaler sees.
-    fn measured(&self, tier: Tier) -> Vec<Measured> {
+    fn observed(&self, tier: Tier) -> Vec<Member> {
         let leaving = &self.tier_state(tier).leaving;
         let processes = self.view.processes.iter().filter(|process| Tier::of(process.role) == Some(tier));
-        let measured = processes.map(|process| {
-            let live = self.live_link(process);
+        let observed = processes.map(|process| {
             let goes = process.state == ProcessState::Stopping || leaving.contains_key(&process.name);
-            let state = match (goes, live) {
+            let state = match (goes, self.live_link(process)) {
                 (true, _) => MemberState::Draining,
                 (false, Some(_)) => MemberState::Ready,
                 (false, None) => MemberState::Starting,
             };
-            Measured { name: process.name.clone(), state, sample: live.and_then(|(_, link)| link.sample) }
+            Member { name: process.name.clone(), state }
         });
-        measured.collect()
+        observed.collect()
+    }
+
+    fn key(&self) -> ClusterKey {
+        ClusterKey::of(&self.cluster)
     }
 
     // ---- status -------------------------------------------------------------------------------------------------------

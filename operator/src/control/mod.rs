@@ -17,6 +17,7 @@ pub use clusters::{ClusterKey, Clusters, Leadership, Led};
 pub use leader::Setup;
 
 use crate::console;
+use crate::metrics;
 use crate::platform::process::ProcessPlatform;
 use crate::platform::{Platform, PlatformError};
 use crate::up::data_dir::{DataDir, DataDirError, write_atomically};
@@ -99,7 +100,8 @@ pub async fn run(options: Options) -> Result<(), ControlError> {
     let (_leads, leadership) = watch::channel(Leadership::Leading);
     let clusters = Clusters::new(leadership);
     let key = ClusterKey::of(&platform.cluster()?);
-    let mut led = clusters.lead(key, token, platform.clone(), Setup::default());
+    let metrics = metrics::Setup { reads_files: true, ..metrics::Setup::default() };
+    let mut led = clusters.lead(key, token, platform.clone(), Setup { metrics, ..Setup::default() });
 
     let socket = data.status_socket();
     let _ = std::fs::remove_file(&socket);
