@@ -1,7 +1,6 @@
 //! The operator's eyes on a real Prometheus that scrapes small exporters once a second: values and their age, an exporter
 //! that ends, one whose samples are old, a restart with nothing stored.
 
-#[allow(dead_code)] // The tests with whole clusters use all of it.
 mod support;
 
 use std::collections::BTreeMap;
