@@ -61,6 +61,8 @@ struct Behaviour {
     /// Was told to end.
     leaving: AtomicBool,
     connections: AtomicU64,
+    /// Does not find control.
+    hidden: AtomicBool,
     /// The store refuses its writes.
     refused: AtomicBool,
     drain_rates: Mutex<Vec<f64>>,
@@ -224,7 +226,9 @@ async fn live(machine: Arc<Machine>, tier: Tier, me: MemberId, pid: u32, behavio
     loop {
         let control = *machine.control.lock();
         // Its errors are those of a control that is gone: it dials again.
-        let _ = join(control, tier, &me, pid, &machine.rows, &behaviour).await;
+        if !behaviour.hidden.load(Ordering::Relaxed) {
+            let _ = join(control, tier, &me, pid, &machine.rows, &behaviour).await;
+        }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -739,5 +743,25 @@ async fn after_a_scale_out_a_crowded_gateway_sheds_slowly() {
     let undrained = crowded.undrained.load(Ordering::Relaxed);
     crowded.connections.store(30, Ordering::Relaxed);
     control.eventually("it is level", |_| crowded.undrained.load(Ordering::Relaxed) > undrained).await;
+    control.end().await;
+}
+
+#[tokio::test]
+async fn a_new_leader_stops_nobody_before_it_knows_what_he_holds() {
+    let (machine, control, _) = two_members().await;
+    control.end().await;
+    // A scale-in was asked for while nobody led, and one of the members is slow to find the new leader.
+    let slow = machine.behaviour("business-1");
+    slow.hidden.store(true, Ordering::Relaxed);
+    machine.edit(cluster(1, 1));
+    let listener = TcpListener::bind(machine.address()).await.unwrap();
+    let mut control = Control::start(&machine, listener);
+    control.eventually("control has listened", |s| !s.at.is_empty() && !s.shards.hearing).await;
+    let rounds = AtomicU64::new(0);
+    control.eventually("ten looks later", |_| rounds.fetch_add(1, Ordering::Relaxed) > 10).await;
+    assert!(machine.held_at_stop.lock().is_empty(), "{:?}", machine.held_at_stop.lock());
+    slow.hidden.store(false, Ordering::Relaxed);
+    control.eventually("one is left", |s| settled(s) && s.tiers.business.members.len() == 1).await;
+    assert_eq!(machine.held_at_stop.lock().values().copied().collect::<Vec<_>>(), [0], "emptied before it was stopped");
     control.end().await;
 }

@@ -29,6 +29,8 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
 
 /// A member that is silent for longer does not serve.
 const HEARD_WITHIN: Duration = Duration::from_secs(3);
+/// A member that is silent for longer holds nothing that would keep it from being stopped.
+const SILENT_HOLDS: Duration = Duration::from_secs(60);
 /// Between two maps.
 const MAP_INTERVAL: Duration = Duration::from_millis(20);
 /// Between two looks at every shard's deadlines.
@@ -186,6 +188,8 @@ pub struct Leader<P> {
     /// Since control began, every process that there was had dialled in once.
     all_heard: bool,
     links: HashMap<MemberId, Link>,
+    /// Processes (by instance) that ran before this leader and have not dialled in yet.
+    inherited: BTreeSet<String>,
     /// Where owners listened before control was started, until they dial in.
     remembered: BTreeMap<MemberId, String>,
     gateway: TierState,
@@ -247,6 +251,8 @@ impl<P: Platform> Leader<P> {
         let coordinator = Coordinator::new(setup.timing.clone(), rebalance, map, Duration::ZERO);
         let mut views = platform.watch();
         let view = views.borrow_and_update().clone();
+        let runs = |process: &&Process| process.state != ProcessState::Waiting;
+        let inherited = view.processes.iter().filter(runs).filter_map(|process| process.instance.clone()).collect();
         let began = Instant::now();
         let mut leader = Self {
             platform,
@@ -259,6 +265,7 @@ impl<P: Platform> Leader<P> {
             hearing_until: setup.timing.hearing,
             all_heard: false,
             links: HashMap::new(),
+            inherited,
             remembered,
             gateway: TierState::default(),
             business: TierState::default(),
@@ -511,6 +518,7 @@ impl<P: Platform> Leader<P> {
             }
         }
         self.remembered.remove(&member);
+        self.inherited.remove(&hello.instance);
         let link = Link {
             tier,
             shown: self
@@ -834,6 +842,8 @@ impl<P: Platform> Leader<P> {
             // Somebody has to be there before anything can be paused or recommended.
             let steps = match acts {
                 _ if self.tier(tier).acting => vec![],
+                // Who holds what is not known before the members have been heard.
+                _ if self.hears() && !members.is_empty() => vec![],
                 _ if members.is_empty() && acts != Acts::Freely => next_steps(tier, scaling.initial(), &[], ordered),
                 Acts::Freely => next_steps(tier, wanted.replicas, &members, ordered),
                 Acts::Approved => self.approved_steps(tier, &members, ordered),
@@ -927,12 +937,17 @@ impl<P: Platform> Leader<P> {
         }
     }
 
-    /// What a member holds: connections, or shards that it has or is about to get.
+    /// What a member holds, as it said last, not too long ago: connections, or shards that it has or is about to get.
     fn holds(&self, tier: Tier, process: &Process, snapshot: &Snapshot) -> u64 {
-        match (tier, self.live_link(process)) {
+        let now = self.now();
+        let link = self.link(&process.name).filter(|(_, link)| is_of(process, link));
+        match (tier, link) {
+            (Tier::Gateway, Some((_, link))) if now.saturating_sub(link.heard) >= SILENT_HOLDS => 0,
             (Tier::Gateway, Some((_, link))) => link.beat.connections,
             (Tier::Business, Some((member, _))) => held_or_coming(snapshot, member),
-            (_, None) => 0,
+            (_, None) if now >= SILENT_HOLDS => 0,
+            // It was there before this leader, and has not said yet what it holds: something.
+            (_, None) => process.instance.as_ref().is_some_and(|instance| self.inherited.contains(instance)).into(),
         }
     }
 
