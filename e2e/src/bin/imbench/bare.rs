@@ -104,7 +104,7 @@ fn insert(database: &Connection, rows: &[Row]) -> rusqlite::Result<()> {
     database.execute_batch("COMMIT")
 }
 
-/// Cuts rows into the recorded transactions. Only what was stored more often or less often than it was recorded is an error.
+/// Cuts rows into the recorded transactions; an error if they do not add up.
 fn cut<'a>(mut rows: &'a [Row], transactions: &[usize]) -> Outcome<Vec<&'a [Row]>> {
     let recorded: usize = transactions.iter().sum();
     if recorded != rows.len() {
