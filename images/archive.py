@@ -47,14 +47,13 @@ def write_layer(layer, content):
     folders = set()
 
     def make_folders(path, mode=0o755):
-        parent = os.path.dirname(path)
-        if parent:
-            make_folders(parent)
-        if path not in folders:
-            folders.add(path)
-            entry = tarfile.TarInfo(path)
-            entry.type, entry.mode = tarfile.DIRTYPE, mode
-            layer.addfile(entry)
+        if path in folders or path == "":
+            return
+        make_folders(os.path.dirname(path))
+        folders.add(path)
+        entry = tarfile.TarInfo(path)
+        entry.type, entry.mode = tarfile.DIRTYPE, mode
+        layer.addfile(entry)
 
     if not any("=" not in item for item in content):
         make_folders("tmp", 0o1777)

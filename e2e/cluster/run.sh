@@ -2,7 +2,7 @@
 # run.sh: the tests on a real Kubernetes, from nothing to nothing. By environment:
 #   SUITE   ci (what CI runs) or all
 #   DRIVER  kind (default) or existing; see up.sh
-#   KEEP=1  leaves the cluster up; the next run goes on with it
+#   KEEP=1  leaves the cluster up; the next run goes on with it (and leaves it up too)
 #   ONLY    only tests whose name contains this
 set -euo pipefail
 # shellcheck source=common.sh
@@ -16,7 +16,10 @@ if [ "$driver" = kind ] && ! timeout 10 docker info >/dev/null 2>&1 && ! { [ "$(
     exit 0
 fi
 
-# Whatever happens, the cluster is gone at the end, and what a failure leaves behind is read first.
+# A cluster that was up before stays up after.
+[ ! -e "$STATE/env" ] || KEEP=1
+
+# Whatever happens, a cluster of ours is gone at the end, and what a failure leaves behind is read first.
 finish() {
     local status=$?
     trap - EXIT INT TERM

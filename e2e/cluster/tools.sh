@@ -5,14 +5,14 @@ set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
 
-# The packages of a module's programs; a program is named after the last part that is not a version.
+# The packages of a module's programs.
 packages_of() {
     case $1 in
     kubernetes)
         printf 'k8s.io/kubernetes/cmd/%s\n' kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubeadm kubectl
         ;;
     etcd) echo go.etcd.io/etcd/server/v3 ;;
-    coredns) echo github.com/coredns/coredns ;;
+    coredns) echo imcluster.dev/e2e/tools/coredns ;;
     local-path-provisioner) echo github.com/rancher/local-path-provisioner ;;
     kind) echo sigs.k8s.io/kind ;;
     prometheus) echo github.com/prometheus/prometheus/cmd/prometheus ;;
@@ -23,7 +23,7 @@ packages_of() {
 }
 
 build() {
-    local name="$1" folder="$CLUSTER_DIR/tools/$1" flags="-s -w" tags="" key mark="$BIN/.$1.key" package
+    local name="$1" folder="$CLUSTER_DIR/tools/$1" flags="-s -w" tags="" key mark="$BIN/.$1.key"
     [ "$name" = podnet ] && folder="$CLUSTER_DIR/node/podnet"
     if [ "$name" = kubernetes ]; then
         local minor="${KUBERNETES_VERSION#v1.}"
@@ -35,14 +35,17 @@ build() {
     key="$(content_key "$folder" -- "$(go version)" "$flags" "$tags")"
     [ "$(cat "$mark" 2>/dev/null)" != "$key" ] || return 0
     step "go build $name"
-    for package in $(packages_of "$name"); do
-        local program
-        case $name in kubernetes) program="${package##*/}" ;; *) program="$name" ;; esac
-        # Renamed at the end: a program that somebody runs is replaced, not overwritten.
-        (cd "$folder" && quietly "$CACHE/log/go-$program.log" \
-            env CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -ldflags "$flags" -tags "$tags" -o "$BIN/.$program.new" "$package")
-        mv "$BIN/.$program.new" "$BIN/$program"
-    done
+    local made="$BIN/.$name.new" packages
+    mapfile -t packages < <(packages_of "$name")
+    rm -rf "$made"
+    mkdir "$made"
+    (cd "$folder" && quietly "$CACHE/log/go-$name.log" \
+        env CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -ldflags "$flags" -tags "$tags" -o "$made/" "${packages[@]}")
+    # etcd's package is called `server`.
+    [ ${#packages[@]} != 1 ] || [ -e "$made/$name" ] || mv "$made"/* "$made/$name"
+    # Moved: a program that somebody runs is replaced, not overwritten.
+    mv "$made"/* "$BIN/"
+    rmdir "$made"
     echo "$key" >"$mark"
 }
 

@@ -2,8 +2,12 @@
 # checked and watched, and nothing acts on them but what is being tried.
 # shellcheck shell=bash
 
-api_port=16443
-etcd_port=16379
+# Prints ports of 127.0.0.1 that nobody listens on: `free_ports COUNT`.
+free_ports() {
+    python3 -c 'import socket, sys
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]))]
+print(*(s.getsockname()[1] for s in sockets))' "$1"
+}
 
 # Ends a process by its pid file, if it is still the program that we started.
 end() {
@@ -36,6 +40,8 @@ cluster_up() {
     ! kubectl get --raw /readyz >/dev/null 2>&1 || return 0
     end kube-apiserver
     end etcd
+    local api_port etcd_port peer_port
+    read -r api_port etcd_port peer_port < <(free_ports 3)
     openssl req -x509 -newkey rsa:2048 -nodes -days 30 -keyout "$STATE/ca.key" -out "$STATE/ca.crt" -subj /CN=e2e 2>/dev/null
     certificate server /CN=kube-apiserver 'subjectAltName=IP:127.0.0.1,IP:10.96.0.1,DNS:localhost,DNS:kubernetes.default.svc'
     certificate admin /O=system:masters/CN=admin
@@ -44,7 +50,7 @@ cluster_up() {
     step "etcd and kube-apiserver"
     begin etcd --data-dir "$STATE/etcd" --unsafe-no-fsync --log-level warn \
         --listen-client-urls "http://127.0.0.1:$etcd_port" --advertise-client-urls "http://127.0.0.1:$etcd_port" \
-        --listen-peer-urls "http://127.0.0.1:$((etcd_port + 1))"
+        --listen-peer-urls "http://127.0.0.1:$peer_port"
     begin kube-apiserver --etcd-servers "http://127.0.0.1:$etcd_port" --bind-address 127.0.0.1 --secure-port "$api_port" \
         --advertise-address "$(hostname -I | cut -d' ' -f1)" --service-cluster-ip-range 10.96.0.0/16 --authorization-mode Node,RBAC \
         --client-ca-file "$STATE/ca.crt" --tls-cert-file "$STATE/server.crt" --tls-private-key-file "$STATE/server.key" \

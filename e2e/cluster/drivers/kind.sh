@@ -26,6 +26,8 @@ node_image() {
         fi
         step "it can't be pulled ($(tail -n 1 "$CACHE/log/pull.log")); building a node image instead"
         "$CLUSTER_DIR/node/build.sh" "$ours" >&2
+        # Of ours, only the newest is kept.
+        docker images --format '{{.Repository}}:{{.Tag}}' localhost/imcluster-node | grep -vxF "$ours" | xargs --no-run-if-empty docker rmi >/dev/null || true
     fi
     echo "$ours"
 }
