@@ -3,6 +3,7 @@
 //! Every field has its default in the schema, so that `spec: {auth: {insecure: {}}}` is a whole cluster. The CEL rules
 //! sit beside the fields they are about; [`crate::ImCluster::validate`] says the same in Rust.
 
+use crate::kubernetes::{ClientService, Embedded, ImagePullPolicy, PodSettings, SecretKey};
 use crate::status::ImClusterStatus;
 use crate::units::{Empty, TimeSpan};
 use kube::CustomResource;
@@ -28,10 +29,22 @@ use serde::{Deserialize, Serialize};
         description = "Whether clients can connect and send"
     ),
     printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason",
+        description = "Why it is ready, or not"
+    ),
+    printcolumn(
         name = "Gateways",
         type_ = "integer",
         json_path = ".status.gateway.ready",
         description = "Gateways that take connections"
+    ),
+    printcolumn(
+        name = "Wanted",
+        type_ = "integer",
+        json_path = ".status.gateway.desired",
+        description = "Gateways that there should be"
     ),
     printcolumn(
         name = "Business",
@@ -40,16 +53,22 @@ use serde::{Deserialize, Serialize};
         description = "Business members that can own shards"
     ),
     printcolumn(
+        name = "Wanted",
+        type_ = "integer",
+        json_path = ".status.business.desired",
+        description = "Business members that there should be"
+    ),
+    printcolumn(
         name = "Moving",
         type_ = "integer",
         json_path = ".status.shards.moving",
         description = "Shards on their way to another owner"
     ),
     printcolumn(
-        name = "NoMessageLost",
+        name = "NoneLost",
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"NoMessageLost\")].status",
-        description = "What the store says about acknowledged messages"
+        description = "Whether every acknowledged message is still there, as the store says"
     ),
     printcolumn(
         name = "Lag",
@@ -58,7 +77,15 @@ use serde::{Deserialize, Serialize};
         description = "Age of the oldest message whose recipients were not all notified, in seconds",
         priority = 1
     ),
+    printcolumn(
+        name = "Unowned",
+        type_ = "integer",
+        json_path = ".status.shards.unowned",
+        description = "Shards without an owner",
+        priority = 1
+    ),
     printcolumn(name = "Mode", type_ = "string", json_path = ".spec.mode", priority = 1),
+    printcolumn(name = "Paused", type_ = "boolean", json_path = ".spec.paused", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -66,6 +93,14 @@ use serde::{Deserialize, Serialize};
     {
         "rule": "self.messages.maxPayload < self.gateway.limits.maxPacketSize",
         "message": "messages.maxPayload must be below gateway.limits.maxPacketSize: raise maxPacketSize, or the largest message never fits into a packet"
+    },
+    {
+        "rule": "!(has(self.serviceTokenFile) && has(self.serviceTokenSecret))",
+        "message": "set at most one of: serviceTokenFile, serviceTokenSecret"
+    },
+    {
+        "rule": "has(self.storage.embedded) == has(oldSelf.storage.embedded)",
+        "message": "storage can't change its kind, every stored message would stay behind: make a new ImCluster instead"
     }
 ]))]
 pub struct ImClusterSpec {
@@ -75,12 +110,26 @@ pub struct ImClusterSpec {
     /// Stops every change by the operator; messaging goes on and the status stays true.
     #[serde(default)]
     pub paused: bool,
+    /// Image with the programs `/im-gateway` and `/im-business`; left out: the operator's own. On Kubernetes only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    pub image: Option<String>,
+    /// When nodes fetch the image. On Kubernetes only.
+    #[serde(default)]
+    pub image_pull_policy: ImagePullPolicy,
+    /// Names of Secrets with which nodes fetch the image. On Kubernetes only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub image_pull_secrets: Vec<String>,
     /// Who may log in. Exactly one way.
     pub auth: Auth,
     /// File with the bearer token that servers use on the HTTP API. Without it there is no server access.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub service_token_file: Option<String>,
+    /// Secret with that token, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_token_secret: Option<SecretKey>,
     /// Where clients connect to.
     #[serde(default)]
     pub access: Access,
@@ -151,8 +200,8 @@ pub enum Auth {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(extend("x-kubernetes-validations" = [{
-    "rule": "has(self.keysFile) != has(self.jwksFile)",
-    "message": "set exactly one of: jwksFile, keysFile"
+    "rule": "[has(self.jwksFile), has(self.jwksSecret), has(self.keysFile), has(self.keysSecret)].filter(present, present).size() == 1",
+    "message": "set exactly one of: jwksFile, jwksSecret, keysFile, keysSecret"
 }]))]
 pub struct JwtAuth {
     /// PEM file with public keys, or a file with one shared secret for HS256.
@@ -163,6 +212,12 @@ pub struct JwtAuth {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub jwks_file: Option<String>,
+    /// Secret with what `keysFile` would hold, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keys_secret: Option<SecretKey>,
+    /// Secret with what `jwksFile` would hold, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwks_secret: Option<SecretKey>,
     /// What `aud` must contain, if given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
@@ -196,9 +251,12 @@ pub struct Access {
     /// MQTT over WebSocket, path `/mqtt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub web_socket: Option<Listener>,
-    /// HTTP API, health and metrics.
+    /// HTTP API.
     #[serde(default = "default_http")]
     pub http: Listener,
+    /// The Service in front of the gateways. On Kubernetes only; there, of the addresses only the ports count.
+    #[serde(default)]
+    pub service: ClientService,
 }
 
 impl Default for Access {
@@ -208,6 +266,7 @@ impl Default for Access {
             tls: None,
             web_socket: None,
             http: default_http(),
+            service: ClientService::default(),
         }
     }
 }
@@ -234,6 +293,10 @@ pub struct Listener {
 /// One listening socket with TLS.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "has(self.certFile) == has(self.keyFile) && has(self.certFile) != has(self.secretName)",
+    "message": "set either certFile and keyFile, or secretName"
+}]))]
 pub struct TlsListener {
     /// `IP:PORT`, an IPv6 address in brackets.
     #[schemars(
@@ -245,11 +308,17 @@ pub struct TlsListener {
     )]
     pub address: String,
     /// PEM file with the certificate chain, the server's own first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
-    pub cert_file: String,
+    pub cert_file: Option<String>,
     /// PEM file with the private key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
-    pub key_file: String,
+    pub key_file: Option<String>,
+    /// Secret of type kubernetes.io/tls with both, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub secret_name: Option<String>,
 }
 
 /// Where messages are stored.
@@ -258,14 +327,14 @@ pub struct TlsListener {
 #[schemars(transform = exactly_one_of)]
 pub enum Storage {
     /// One store member with an embedded database file and a volume.
-    Embedded(Empty),
+    Embedded(Embedded),
     /// A server that speaks the PostgreSQL wire protocol.
     Postgres(Postgres),
 }
 
 impl Default for Storage {
     fn default() -> Self {
-        Self::Embedded(Empty {})
+        Self::Embedded(Embedded::default())
     }
 }
 
@@ -273,11 +342,11 @@ impl Default for Storage {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(extend("x-kubernetes-validations" = [{
-    "rule": "has(self.url) != has(self.urlFile)",
-    "message": "set exactly one of: url, urlFile"
+    "rule": "[has(self.url), has(self.urlFile), has(self.urlSecret)].filter(present, present).size() == 1",
+    "message": "set exactly one of: url, urlFile, urlSecret"
 }]))]
 pub struct Postgres {
-    /// Connection URL, `postgres://user@host/database`. Keep passwords out of it: use `urlFile`.
+    /// Connection URL, `postgres://user@host/database`. Keep passwords out of it: use `urlFile` or `urlSecret`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub url: Option<String>,
@@ -285,29 +354,48 @@ pub struct Postgres {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub url_file: Option<String>,
+    /// Secret that holds the connection URL, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url_secret: Option<SecretKey>,
 }
 
 /// The tier that holds client connections.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "!(has(self.replicas) && has(self.autoscaling))",
     "message": "replicas and autoscaling exclude each other: remove one of them"
 }]))]
 pub struct Gateway {
     /// A fixed number of gateways; without it and without `autoscaling`: 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub replicas: Option<u32>,
     /// Bounds and rules by which the number of gateways follows the load.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
     /// What one gateway and one connection may use.
-    #[serde(default)]
     pub limits: Limits,
     /// How connections leave a gateway that goes.
-    #[serde(default)]
     pub drain: Drain,
+    /// How many members more than wanted there may be while outdated ones are replaced.
+    #[schemars(range(min = 1, max = 1000))]
+    pub surge: u32,
+    /// Its pods. On Kubernetes only.
+    pub pod: PodSettings,
+}
+
+impl Default for Gateway {
+    fn default() -> Self {
+        Self {
+            replicas: None,
+            autoscaling: None,
+            limits: Limits::default(),
+            drain: Drain::default(),
+            surge: 1,
+            pod: PodSettings::default(),
+        }
+    }
 }
 
 /// What one gateway and one connection may use. Announced in CONNACK where MQTT has a word for it.
@@ -411,11 +499,23 @@ pub struct Business {
     pub autoscaling: Option<Autoscaling>,
     /// How shards follow the load.
     pub rebalance: Rebalance,
+    /// How many members more than wanted there may be while outdated ones are replaced.
+    #[schemars(range(min = 1, max = 1000))]
+    pub surge: u32,
+    /// Its pods. On Kubernetes only.
+    pub pod: PodSettings,
 }
 
 impl Default for Business {
     fn default() -> Self {
-        Self { shards: 1_024, replicas: None, autoscaling: None, rebalance: Rebalance::default() }
+        Self {
+            shards: 1_024,
+            replicas: None,
+            autoscaling: None,
+            rebalance: Rebalance::default(),
+            surge: 1,
+            pod: PodSettings::default(),
+        }
     }
 }
 

@@ -7,6 +7,7 @@ pub mod autoscale;
 pub mod cluster_metrics;
 pub mod console;
 pub mod control;
+pub mod controller;
 pub mod leadership;
 pub mod metrics;
 pub mod platform;

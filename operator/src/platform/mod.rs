@@ -1,5 +1,6 @@
 //! The one trait between decisions and the world: who runs, start one, stop one.
 
+pub mod kubernetes;
 pub mod process;
 
 use crate::shards::ShardMap;

@@ -300,8 +300,8 @@ fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secr
         "mqtt": access.mqtt.as_ref().map(|listener| json!({ "address": listener.address })),
         "tls": access.tls.as_ref().map(|tls| json!({
             "address": tls.address,
-            "certFile": absolute(base, &tls.cert_file),
-            "keyFile": absolute(base, &tls.key_file),
+            "certFile": tls.cert_file.as_deref().map(|path| absolute(base, path)),
+            "keyFile": tls.key_file.as_deref().map(|path| absolute(base, path)),
         })),
         "webSocket": access.web_socket.as_ref().map(|listener| json!({ "address": listener.address })),
         "http": { "address": access.http.address },
