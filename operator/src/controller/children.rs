@@ -375,7 +375,8 @@ mod tests {
             ("image: another", true, true),
             ("gateway: {limits: {messageRate: 3}}", true, false),
             ("gateway: {pod: {priorityClassName: high}}", true, false),
-            ("messages: {maxPayload: 7}", false, true),
+            ("messages: {maxPayload: 7}", true, true),
+            ("messages: {dedupWindow: 8d}", false, true),
         ] {
             let spec = with(lines);
             assert_eq!(digest(&spec, Tier::Gateway) != gateway, gateway_differs, "gateway, {lines}");

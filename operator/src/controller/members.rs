@@ -1,6 +1,7 @@
 //! What a member reads in its pod: its configuration, and where that lies. Pure.
 
 use super::accepted::Accepted;
+use crate::platform::process::gateway_limits;
 use im_crds::{Auth, Storage};
 use serde_json::{Map, Value, json};
 use std::net::SocketAddr;
@@ -81,7 +82,6 @@ fn listen(port: u16) -> Value {
 /// What `im-gateway --config` reads; its name, instance and address come as flags.
 pub fn gateway_config(accepted: &Accepted, control: &str) -> Value {
     let spec = &accepted.cluster().spec;
-    let limits = &spec.gateway.limits;
     let auth = match &spec.auth {
         Auth::Insecure(_) => json!({ "insecure": {} }),
         Auth::Jwt(jwt) => {
@@ -102,18 +102,7 @@ pub fn gateway_config(accepted: &Accepted, control: &str) -> Value {
         "linkTokenFile": format!("{TOKENS_DIR}/{LINK_TOKEN}"),
         "admin": listen(ADMIN_PORT),
         "auth": auth,
-        "limits": {
-            "maxConnections": limits.max_connections,
-            "connectRate": limits.connect_rate,
-            "halfOpenMax": limits.max_handshakes,
-            "handshakeTimeoutMs": limits.handshake_timeout.duration().as_millis().clamp(1, 3_600_000) as u64,
-            "receiveMaximum": limits.receive_maximum,
-            "maxPacketSize": limits.max_packet_size,
-            // As wide as the fields of MQTT that announce them.
-            "keepAliveMaxSeconds": limits.keep_alive_max.duration().as_secs().clamp(1, u16::MAX.into()),
-            "sessionExpiryMaxSeconds": limits.session_expiry_max.duration().as_secs().min(u32::MAX.into()),
-            "messageRate": limits.message_rate,
-        },
+        "limits": gateway_limits(spec),
         "messages": { "catchUp": spec.messages.catch_up },
         "terminationGraceSeconds": shed_s(accepted),
     });

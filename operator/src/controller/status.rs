@@ -262,7 +262,7 @@ fn drain(member: &control::MemberStatus) -> Option<DrainStatus> {
     let control::DrainStatus { held_at_start, held, seconds_left } = member.drain?;
     // Who comes in addition does not make it go backwards.
     let gone = held_at_start.saturating_sub(held);
-    let percent_done = if held_at_start == 0 { 100 } else { u32::try_from(gone * 100 / held_at_start).unwrap_or(100) };
+    let percent_done = (gone * 100).checked_div(held_at_start).map_or(100, |percent| percent.min(100) as u32);
     Some(DrainStatus { member: member.name.clone(), held_at_start, percent_done, seconds_left })
 }
 

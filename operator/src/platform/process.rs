@@ -5,7 +5,7 @@
 use super::{Platform, PlatformError, ProcessState, StoredMap, Tier, View};
 use crate::control::ClusterKey;
 use crate::up::data_dir::{DataDir, Secrets, write_atomically};
-use im_crds::{Auth, ImCluster, Storage};
+use im_crds::{Auth, ImCluster, ImClusterSpec, Storage};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -274,7 +274,6 @@ fn absolute(base: &Path, path: &str) -> Value {
 fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secrets, base: &Path) -> Value {
     let spec = &cluster.spec;
     let access = &spec.access;
-    let limits = &spec.gateway.limits;
     let auth = match &spec.auth {
         Auth::Insecure(_) => json!({ "insecure": {} }),
         Auth::Jwt(jwt) => {
@@ -307,20 +306,7 @@ fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secr
         "http": { "address": access.http.address },
         "admin": { "address": "127.0.0.1:0" },
         "auth": auth,
-        "limits": {
-            "maxConnections": limits.max_connections,
-            "connectRate": limits.connect_rate,
-            "halfOpenMax": limits.max_handshakes,
-            "handshakeTimeoutMs": limits.handshake_timeout.duration().as_millis().clamp(1, 3_600_000) as u64,
-            "receiveMaximum": limits.receive_maximum,
-            "maxPacketSize": limits.max_packet_size,
-            // As wide as the fields of MQTT that announce them.
-            "keepAliveMaxSeconds": limits.keep_alive_max.duration().as_secs().clamp(1, u16::MAX.into()),
-            "sessionExpiryMaxSeconds": limits.session_expiry_max.duration().as_secs().min(u32::MAX.into()),
-            "messageRate": limits.message_rate,
-            "sendBufferBytes": limits.send_buffer_bytes,
-            "maxPayload": spec.messages.max_payload,
-        },
+        "limits": gateway_limits(spec),
         "messages": { "catchUp": spec.messages.catch_up },
         "terminationGraceSeconds": STOP_GRACE.as_secs(),
     });
@@ -328,6 +314,25 @@ fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secr
         fields.insert("serviceTokensFile".to_owned(), absolute(base, path));
     }
     config
+}
+
+/// What a gateway holds its clients to, as its configuration says it.
+pub(crate) fn gateway_limits(spec: &ImClusterSpec) -> Value {
+    let limits = &spec.gateway.limits;
+    json!({
+        "maxConnections": limits.max_connections,
+        "connectRate": limits.connect_rate,
+        "halfOpenMax": limits.max_handshakes,
+        "handshakeTimeoutMs": limits.handshake_timeout.duration().as_millis().clamp(1, 3_600_000) as u64,
+        "receiveMaximum": limits.receive_maximum,
+        "maxPacketSize": limits.max_packet_size,
+        // As wide as the fields of MQTT that announce them.
+        "keepAliveMaxSeconds": limits.keep_alive_max.duration().as_secs().clamp(1, u16::MAX.into()),
+        "sessionExpiryMaxSeconds": limits.session_expiry_max.duration().as_secs().min(u32::MAX.into()),
+        "messageRate": limits.message_rate,
+        "sendBufferBytes": limits.send_buffer_bytes,
+        "maxPayload": spec.messages.max_payload,
+    })
 }
 
 /// From SIGTERM to SIGKILL of a member that is stopped; it sheds or releases in this time what it still holds.
