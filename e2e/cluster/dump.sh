@@ -13,7 +13,7 @@ kubectl get pods --all-namespaces --output wide | tee "$folder/pods.txt"
 kubectl get all,configmaps,persistentvolumeclaims,poddisruptionbudgets,networkpolicies,leases --all-namespaces --output wide >"$folder/objects.txt"
 kubectl get imclusters,shardmaps --all-namespaces --output yaml >"$folder/imclusters.yaml"
 kubectl describe nodes >"$folder/nodes.txt"
-kubectl get events --all-namespaces --sort-by=.lastTimestamp --output wide >"$folder/events.txt"
+kubectl get events --all-namespaces --sort-by=.lastTimestamp >"$folder/events.txt"
 echo "--- latest events"
 tail -n 30 "$folder/events.txt"
 
