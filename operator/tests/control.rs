@@ -465,7 +465,7 @@ async fn a_new_control_keeps_the_map_under_a_higher_term() {
     control.end().await;
     let listener = TcpListener::bind(machine.address()).await.unwrap();
     let mut control = Control::start(&machine, listener);
-    let after = control.eventually("settled", settled).await;
+    let after = control.eventually("settled", |s| settled(s) && shares(s) == [32, 32]).await;
     assert_eq!(after.shards.term, before.shards.term + 1);
     assert_eq!(after.shards.per_member, before.shards.per_member);
     control.end().await;
@@ -474,7 +474,7 @@ async fn a_new_control_keeps_the_map_under_a_higher_term() {
     machine.stored.lock().1 = None;
     let listener = TcpListener::bind(machine.address()).await.unwrap();
     let mut control = Control::start(&machine, listener);
-    let last = control.eventually("settled", settled).await;
+    let last = control.eventually("settled", |s| settled(s) && shares(s) == [32, 32]).await;
     assert!(last.shards.term > after.shards.term, "{} after {}", last.shards.term, after.shards.term);
     assert_eq!(last.shards.per_member, before.shards.per_member);
     assert_eq!(machine.rows.acquisitions.load(Ordering::Relaxed), acquisitions, "nothing had to be acquired anew");
@@ -651,7 +651,7 @@ async fn of_two_leaders_the_one_before_ends_and_commands_nobody() {
     *machine.control.lock() = listener.local_addr().unwrap();
     first.service.abort();
     let mut second = Control::start(&machine, listener);
-    let after = second.eventually("the second leads", settled).await;
+    let after = second.eventually("the second leads", |s| settled(s) && shares(s) == [32, 32]).await;
     assert_eq!(after.shards.term, before.shards.term + 1);
     assert_eq!(after.shards.per_member, before.shards.per_member);
 

@@ -215,7 +215,8 @@ pub struct Leader<P> {
     stored_term: u64,
     unsaved: bool,
     saving: bool,
-    save_began: Instant,
+    /// When a map was stored last, the first one of this leader aside.
+    save_began: Option<Instant>,
     /// What the platform does meanwhile.
     tasks: JoinSet<Done>,
     round_due: bool,
@@ -285,7 +286,7 @@ impl<P: Platform> Leader<P> {
             stored_term: 0,
             unsaved: false,
             saving: false,
-            save_began: began,
+            save_began: None,
             tasks: JoinSet::new(),
             round_due: true,
             happenings: VecDeque::new(),
@@ -796,10 +797,10 @@ impl<P: Platform> Leader<P> {
 
     /// Stores the map if it changed, one write at a time and off this loop.
     fn save(&mut self) {
-        if !self.unsaved || self.saving || self.save_began.elapsed() < SAVE_INTERVAL {
+        if !self.unsaved || self.saving || self.save_began.is_some_and(|began| began.elapsed() < SAVE_INTERVAL) {
             return;
         }
-        (self.unsaved, self.saving, self.save_began) = (false, true, Instant::now());
+        (self.unsaved, self.saving, self.save_began) = (false, true, Some(Instant::now()));
         let (platform, stored, term) = (self.platform.clone(), self.stored_map(), self.coordinator.version().term);
         self.tasks.spawn(async move { Done::Saved { term, outcome: within(platform.save_map(&stored)).await } });
     }

@@ -132,6 +132,8 @@ const CROWDED: f64 = 1.5;
 const LEVEL: f64 = 1.1;
 /// Fewer than so many above the mean are not worth a reconnect.
 const CROWD_MIN: f64 = 100.0;
+/// … and so few are left where they are once it has begun.
+const CROWD_LEFT: f64 = 20.0;
 /// In about that time the crowd has gone, if there is room.
 const LEVEL_SECONDS: f64 = 60.0;
 /// The part of what others can take in that levelling may use: drains, which can't wait, have the rest.
@@ -150,7 +152,7 @@ pub fn level_rate(
     let own = own as f64;
     let mean = (own + others.iter().map(|held| *held as f64).sum::<f64>()) / (others.len() + 1) as f64;
     let begins = own > mean * CROWDED && own - mean >= CROWD_MIN;
-    let goes_on = sheds && own > mean * LEVEL;
+    let goes_on = sheds && own > mean * LEVEL && own - mean >= CROWD_LEFT;
     if !(begins || goes_on) {
         return None;
     }
@@ -295,6 +297,7 @@ mod tests {
             "once begun it goes on"
         );
         assert_eq!(rate(3_200, true, &[3_000, 3_000]), None, "level enough");
+        assert_eq!(rate(30, true, &[20, 20]), None, "a few more or less");
         assert_eq!(rate(90, false, &[0, 0]), None, "not worth it");
         assert_eq!(rate(9_000, false, &[]), None, "alone");
         assert_eq!(rate(15_000, false, &[14_000, 100]), Some(50.0), "who is full too takes nothing in");
