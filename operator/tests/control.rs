@@ -80,7 +80,7 @@ struct Machine {
     cluster: Mutex<ImCluster>,
     view: watch::Sender<View>,
     /// Where members dial.
-    control: Mutex<SocketAddr>,
+    control: watch::Sender<SocketAddr>,
     rows: Rows,
     pids: AtomicU32,
     tasks: Mutex<BTreeMap<String, Task>>,
@@ -98,7 +98,7 @@ impl Machine {
         let machine = Self {
             cluster: Mutex::new(cluster),
             view: watch::channel(View { generation: 1, ..View::default() }).0,
-            control: Mutex::new(listener.local_addr().unwrap()),
+            control: watch::Sender::new(listener.local_addr().unwrap()),
             rows: Rows::default(),
             pids: AtomicU32::new(1000),
             tasks: Mutex::default(),
@@ -110,7 +110,7 @@ impl Machine {
     }
 
     fn address(&self) -> SocketAddr {
-        *self.control.lock()
+        *self.control.borrow()
     }
 
     fn edit(&self, cluster: ImCluster) {
@@ -223,11 +223,15 @@ impl Platform for Eyes {
 
 /// A member: joins again and again, obeys, and reports.
 async fn live(machine: Arc<Machine>, tier: Tier, me: MemberId, pid: u32, behaviour: Arc<Behaviour>) {
+    let mut controls = machine.control.subscribe();
     loop {
-        let control = *machine.control.lock();
-        // Its errors are those of a control that is gone: it dials again.
+        let control = *controls.borrow_and_update();
         if !behaviour.hidden.load(Ordering::Relaxed) {
-            let _ = join(control, tier, &me, pid, &machine.rows, &behaviour).await;
+            tokio::select! {
+                // Its errors are those of a control that is gone: it dials again.
+                _ = join(control, tier, &me, pid, &machine.rows, &behaviour) => {}
+                _ = controls.changed() => {}
+            }
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -648,8 +652,9 @@ async fn of_two_leaders_the_one_before_ends_and_commands_nobody() {
     // The first one loses its members and its leadership without noticing, as a process that was stopped.
     let first_address = machine.address();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    *machine.control.lock() = listener.local_addr().unwrap();
+    machine.control.send_replace(listener.local_addr().unwrap());
     first.service.abort();
+    let _ = (&mut first.service).await;
     let mut second = Control::start(&machine, listener);
     let after = second.eventually("the second leads", |s| settled(s) && shares(s) == [32, 32]).await;
     assert_eq!(after.shards.term, before.shards.term + 1);
