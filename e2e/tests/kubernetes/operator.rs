@@ -143,16 +143,17 @@ impl Operator {
     /// Has the operator reach the API server by that URL; `None` = directly again.
     pub async fn reach_api_server_by(&self, url: Option<&str>) -> TestResult {
         const NAME: &str = "e2e-kubeconfig";
+        const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
         let deployments: Api<Deployment> = Api::namespaced(self.client.clone(), NAMESPACE);
         let deployment = self.name().await?;
         let change = match url {
             Some(url) => {
-                // The pod's own token, so that its rights stay what the chart gave it.
+                // The pod's own token, so that its rights stay what the chart gave it. The authority is not used, but looked for.
                 let kubeconfig = json!({
                     "apiVersion": "v1",
                     "kind": "Config",
-                    "clusters": [{"name": NAME, "cluster": {"server": url}}],
-                    "users": [{"name": NAME, "user": {"tokenFile": "/var/run/secrets/kubernetes.io/serviceaccount/token"}}],
+                    "clusters": [{"name": NAME, "cluster": {"server": url, "certificate-authority": format!("{ACCOUNT}/ca.crt")}}],
+                    "users": [{"name": NAME, "user": {"tokenFile": format!("{ACCOUNT}/token")}}],
                     "contexts": [{"name": NAME, "context": {"cluster": NAME, "user": NAME}}],
                     "current-context": NAME,
                 });
