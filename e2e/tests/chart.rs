@@ -314,7 +314,7 @@ const CALLS: [(&str, &str, &[&str]); 15] = [
     ("imcluster.dev", "imclusters", &["get", "list", "watch"]),
     ("imcluster.dev", "imclusters/finalizers", &["update"]),
     ("imcluster.dev", "imclusters/status", &["patch"]),
-    ("imcluster.dev", "shardmaps", &["create", "get", "patch", "update"]),
+    ("imcluster.dev", "shardmaps", &["create", "get", "list", "patch", "update"]),
     ("networking.k8s.io", "networkpolicies", &["create", "get", "list", "patch", "watch"]),
     ("policy", "poddisruptionbudgets", &["create", "get", "list", "patch", "watch"]),
 ];

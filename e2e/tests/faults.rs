@@ -14,7 +14,7 @@ use std::{
 use hyper::Method;
 use im_e2e::{
     api::{Api, Credential},
-    client::{Client, Connection, Event, Inbox, Observer, Options, Outcome, State},
+    client::{Client, Connection, Event, Inbox, Observer, Options, Outcome},
     view::Member,
     wire::Version,
 };
@@ -196,12 +196,7 @@ async fn gateways_scale_from_one_to_three_and_back_while_clients_move() -> TestR
         for gateway in &gateways {
             let admin = admin(&scene.cluster, gateway).await.ok()?;
             if metric(&admin, "im_connections").await.ok()? == 0.0 {
-                for person in scene.chat.people() {
-                    person.client.set_online(false);
-                    person.client.offline().await;
-                    person.client.set_online(true);
-                    person.client.online().await;
-                }
+                scene.chat.reconnect().await;
                 return None;
             }
         }
@@ -209,17 +204,13 @@ async fn gateways_scale_from_one_to_three_and_back_while_clients_move() -> TestR
     })
     .await?;
     scene.flow(300).await?;
-    let connections = |chat: &Chat| -> u32 {
-        let number = |state| if let State::Online { connection, .. } = state { connection } else { 0 };
-        chat.people().iter().map(|person| number(person.client.state())).sum()
-    };
-    let before = connections(&scene.chat);
+    let before = scene.chat.connections();
     scene.cluster.edit(|template| template.gateways = (1, 1))?;
     scene.cluster.wait_members("gateway", 1, PATIENCE * 2).await?;
     for person in scene.chat.people() {
         person.client.online().await;
     }
-    assert!(connections(&scene.chat) > before, "two gateways went and nobody had to move");
+    assert!(scene.chat.connections() > before, "two gateways went and nobody had to move");
     scene.flow(300).await?;
     scene.finish(ACKED_AGAIN_WITHIN).await
 }

@@ -17,6 +17,10 @@ pub const CLUSTER_METADATA: &str = "im-cluster";
 
 /// For a name to be resolved, and for a connection.
 const CONNECT_MAX: Duration = Duration::from_secs(1);
+/// A leader that was stopped keeps its connections, and another one leads: only silence tells. Between two questions whether
+/// it lives, and for the answer.
+const PING_INTERVAL: Duration = Duration::from_secs(2);
+const PONG_MAX: Duration = Duration::from_secs(3);
 /// Pauses between two attempts.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// The largest command of the control service, bytes.
@@ -63,7 +67,13 @@ impl ControlDialer {
         };
         let unavailable = |error: tonic::transport::Error| Status::unavailable(format!("{address}: {error}"));
         let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(unavailable)?;
-        let channel = endpoint.connect_timeout(CONNECT_MAX).tcp_nodelay(true).connect().await.map_err(unavailable)?;
+        let endpoint = endpoint
+            .connect_timeout(CONNECT_MAX)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PONG_MAX)
+            .keep_alive_while_idle(true);
+        let channel = endpoint.connect().await.map_err(unavailable)?;
         Ok((address, ControlClient::new(channel).max_decoding_message_size(COMMAND_BYTES_MAX)))
     }
 

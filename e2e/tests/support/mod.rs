@@ -29,8 +29,9 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use tokio::{
     process::{Child, Command},
     task::JoinHandle,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, interval, sleep, sleep_until, timeout},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 /// What goes wrong in the harness ends the test, with the text telling what to look at.
 pub type TestResult<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -375,6 +376,12 @@ impl Cluster {
     }
 }
 
+impl From<&Cluster> for Access {
+    fn from(cluster: &Cluster) -> Self {
+        Self { mqtt: cluster.mqtt(), http: cluster.http() }
+    }
+}
+
 impl Drop for Cluster {
     fn drop(&mut self) {
         // After `stop` the directory is gone; otherwise the test failed, and this tells why.
@@ -391,6 +398,15 @@ fn pid(raw: u32) -> TestResult<Pid> {
 
 fn read_members(data: &Path) -> std::io::Result<Vec<Member>> {
     Ok(serde_json::from_slice(&fs::read(data.join("members.json"))?)?)
+}
+
+/// Where a system's clients connect to.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// The MQTT listener (plain TCP).
+    pub mqtt: SocketAddr,
+    /// The HTTP listener.
+    pub http: SocketAddr,
 }
 
 /// People who chat in the background, each message written down and checked at the end.
@@ -413,19 +429,21 @@ pub struct Person {
 
 impl Chat {
     /// `count` people log in and subscribe; all are in `groups` groups.
-    pub async fn start(cluster: &Cluster, count: usize, groups: usize) -> TestResult<Self> {
+    pub async fn start(access: impl Into<Access>, count: usize, groups: usize) -> TestResult<Self> {
+        let access = access.into();
         let tag = format!("{:06x}", rand::random::<u32>() & 0xFF_FFFF);
         let options = (0..count).map(|number| {
-            let mut options = Options::new(cluster.mqtt(), format!("p{number}.{tag}"), "phone");
+            let mut options = Options::new(access.mqtt, format!("p{number}.{tag}"), "phone");
             // A stopped gateway keeps its connections; only silence tells.
             options.keep_alive_seconds = 3;
             options
         });
-        Self::start_with(cluster, options.collect(), groups).await
+        Self::start_with(access, options.collect(), groups).await
     }
 
     /// The same with clients of any kind; the journal knows all of them before the first message.
-    pub async fn start_with(cluster: &Cluster, options: Vec<Options>, groups: usize) -> TestResult<Self> {
+    pub async fn start_with(access: impl Into<Access>, options: Vec<Options>, groups: usize) -> TestResult<Self> {
+        let api = Api::new(access.into().http);
         let journal = Journal::new();
         let people: Vec<Person> = options
             .into_iter()
@@ -448,7 +466,7 @@ impl Chat {
         let mut created = Vec::new();
         for number in 0..groups {
             let group = format!("g{number}.{}", names[0]);
-            cluster.api().create_group(&Credential::Insecure(names[0].clone()), &group, &names).await?;
+            api.create_group(&Credential::Insecure(names[0].clone()), &group, &names).await?;
             for name in &names {
                 journal.joined(&group, name, Some(0));
             }
@@ -498,6 +516,35 @@ impl Chat {
         if let Some(earlier) = self.sender.replace(task) {
             earlier.abort();
         }
+    }
+
+    /// Adds load to one topic, until the handle is dropped: a conversation that is louder than all others. A message that
+    /// finds its sender's queue full is not sent.
+    pub fn send_to_at(&self, from: usize, topic: String, per_second: u32) -> AbortOnDropHandle<()> {
+        let (journal, people) = (self.journal.clone(), self.people.clone());
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            let mut beat = interval(Duration::from_secs(1) / per_second.max(1));
+            loop {
+                let scheduled = beat.tick().await;
+                let _ = people[from].client.try_publish(journal.message(topic.clone(), 64, scheduled));
+            }
+        }))
+    }
+
+    /// Everybody goes and comes back, one after the other: whoever deals out connections deals them anew.
+    pub async fn reconnect(&self) {
+        for person in self.people.iter() {
+            person.client.set_online(false);
+            person.client.offline().await;
+            person.client.set_online(true);
+            person.client.online().await;
+        }
+    }
+
+    /// Connections that were made so far, of all people together.
+    pub fn connections(&self) -> u32 {
+        let number = |state| if let State::Online { connection, .. } = state { connection } else { 0 };
+        self.people.iter().map(|person| number(person.client.state())).sum()
     }
 
     /// Ends the background sending; the people stay.

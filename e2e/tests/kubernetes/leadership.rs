@@ -1,0 +1,137 @@
+//! The operator's leader is killed, stopped and resumed; all operators are gone.
+
+use std::time::Duration;
+
+use im_crds::ConditionStatus;
+use k8s_openapi::api::apps::v1::Deployment;
+use kube::{
+    Api, ResourceExt,
+    api::{Patch, PatchParams},
+};
+use rustix::process::Signal;
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::{
+    environment::Suite,
+    operator::{self, LED_AGAIN_WITHIN},
+    scene::{CLUSTER, PATIENCE, Scene, ensure, scenario},
+    support::{TestResult, eventually},
+    world::World,
+};
+
+/// Kills the leader. Its container is started again, under the same name: whoever leads next stamps a higher term.
+async fn kill_leader(scene: &Scene) -> TestResult {
+    let leader = scene.operator.leader().await?;
+    let term = |world: &World| world.map_version(CLUSTER).map(|(term, _)| term);
+    let before = term(&scene.world).ok_or("there is no shard map")?;
+    scene.operator.signal(&leader.pod, Signal::KILL)?;
+    let start = Instant::now();
+    scene.wait("a new leader has its term", |world| term(world).is_some_and(|term| term > before)).await?;
+    println!("{} was killed; the next term is stamped after {:.1?}", leader.holder, start.elapsed());
+    // Besides the take-over itself, the members are heard first.
+    let allowed = LED_AGAIN_WITHIN + Duration::from_secs(5);
+    ensure(start.elapsed() <= allowed, || format!("it took {:?}, {allowed:?} are allowed", start.elapsed()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leader_is_killed_during_a_move() -> TestResult {
+    let spec = json!({"business": {"rebalance": {"movesInFlight": 2}}});
+    scenario(Suite::Ci, spec, async |scene| {
+        scene.edit(json!({"business": {"replicas": 3}})).await?;
+        let moves = |world: &World| world.shares(CLUSTER).is_some_and(|shares| shares.len() > 1);
+        scene.wait("shards move", moves).await?;
+        kill_leader(scene).await?;
+        scene.flow(200).await?;
+        scene.wait_shards_shared_by(3).await?;
+        scene.flow(100).await
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leader_is_killed_during_a_drain() -> TestResult {
+    let spec = json!({"gateway": {"replicas": 3, "drain": {"notice": "5s", "rate": 2}}});
+    scenario(Suite::All, spec, async |scene| {
+        scene.wait_gateways(3).await?;
+        scene.chat()?.reconnect().await;
+        scene.edit(json!({"gateway": {"replicas": 1}})).await?;
+        scene.wait("gateways drain", |world| world.serving(CLUSTER).len() < 3).await?;
+        kill_leader(scene).await?;
+        scene.flow(200).await?;
+        scene.wait_gateways(1).await
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_slept_and_wakes_changes_nothing() -> TestResult {
+    scenario(Suite::All, json!({"business": {"replicas": 2}}), async |scene| {
+        scene.wait_shards_shared_by(2).await?;
+        let old = scene.operator.leader().await?;
+        scene.operator.signal(&old.pod, Signal::STOP)?;
+        let start = Instant::now();
+        let new = scene.operator.wait_other_leader(&old, LED_AGAIN_WITHIN).await;
+        // It must not stay stopped, whatever else goes wrong.
+        let acted = async {
+            println!("{} leads {:.1?} after {} was stopped", new?.holder, start.elapsed(), old.holder);
+            scene.edit(json!({"business": {"replicas": 1}})).await?;
+            scene.wait_shards_shared_by(1).await?;
+            TestResult::Ok(scene.world.map_version(CLUSTER).ok_or("there is no shard map")?)
+        }
+        .await;
+        scene.operator.signal(&old.pod, Signal::CONT)?;
+        let (term, _) = acted?;
+        let replicas = scene.world.replicas(CLUSTER, "business");
+        let unmoved = |world: &World| {
+            world.map_version(CLUSTER).is_some_and(|(now, _)| now == term)
+                && world.replicas(CLUSTER, "business") == replicas
+                && world.shards_are_shared_by(CLUSTER, 1)
+        };
+        scene.world.hold("what the new leader did stands", Duration::from_secs(15), unmoved).await?;
+        let restarts = |pods: Vec<k8s_openapi::api::core::v1::Pod>| -> i32 {
+            let statuses = pods.into_iter().filter(|pod| pod.name_any() == old.pod.name_any());
+            statuses.filter_map(|pod| pod.status?.container_statuses).flatten().map(|one| one.restart_count).sum()
+        };
+        ensure(restarts(scene.operator.pods().await?) == restarts(vec![old.pod.clone()]), || {
+            "the old leader was restarted, so it was not the sleeper that woke up: stop it for a shorter time"
+                .to_owned()
+        })?;
+        scene.flow(200).await
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_flow_while_no_operator_runs() -> TestResult {
+    scenario(Suite::All, json!({"gateway": {"replicas": 2}, "business": {"replicas": 2}}), async |scene| {
+        scene.wait_shards_shared_by(2).await?;
+        let deployments: Api<Deployment> = Api::namespaced(scene.client.clone(), operator::NAMESPACE);
+        let name = scene.operator.name().await?;
+        let replicas = async |count: u32| {
+            let change = Patch::Merge(json!({"spec": {"replicas": count}}));
+            deployments.patch(&name, &PatchParams::default(), &change).await
+        };
+        let before = deployments.get(&name).await?.spec.and_then(|spec| spec.replicas).unwrap_or(1);
+        replicas(0).await?;
+        let away = async {
+            eventually("no operator runs", PATIENCE, async || {
+                scene.operator.pods().await.ok()?.is_empty().then_some(())
+            })
+            .await?;
+            scene.flow(300).await?;
+            // One gateway fails meanwhile: Kubernetes starts it again, and it finds its way alone.
+            let gateway = scene.world.ready_pods(CLUSTER, "gateway").into_iter().next().ok_or("no gateway is ready")?;
+            scene.signal(&gateway, "gateway", Signal::KILL)?;
+            scene.flow(300).await
+        }
+        .await;
+        replicas(before.unsigned_abs()).await?;
+        scene.operator.wait_rolled_out().await?;
+        away?;
+        scene.edit(json!({"business": {"replicas": 1}})).await?;
+        scene.wait_shards_shared_by(1).await?;
+        scene.wait("it is Ready", |world| world.condition_is(CLUSTER, "Ready", ConditionStatus::True)).await
+    })
+    .await
+}

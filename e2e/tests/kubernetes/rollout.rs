@@ -1,0 +1,106 @@
+//! Another build is rolled out, and the chart is upgraded, under load.
+
+use std::{fs, path::Path};
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::{Api, CustomResourceExt};
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::{
+    environment::Suite,
+    scene::{CLUSTER, Scene, ensure, scenario},
+    support::TestResult,
+    world::World,
+};
+
+/// All pods of a tier run that image, and no Deployment of another one is left.
+fn runs_only(world: &World, tier: &str, image: &str) -> bool {
+    let of_pod = |pod: &k8s_openapi::api::core::v1::Pod| {
+        pod.spec.iter().flat_map(|spec| &spec.containers).all(|container| container.image.as_deref() == Some(image))
+    };
+    let pods = world.pods(CLUSTER, tier);
+    !pods.is_empty() && pods.iter().all(of_pod) && world.deployments(CLUSTER, tier).len() == 1
+}
+
+async fn wait_rolled_out(scene: &Scene, image: &str, members: usize) -> TestResult {
+    let start = Instant::now();
+    let everywhere = |world: &World| ["gateway", "business"].into_iter().all(|tier| runs_only(world, tier, image));
+    scene.wait(&format!("all members run {image}"), everywhere).await?;
+    scene.wait_gateways(members).await?;
+    scene.wait_shards_shared_by(members).await?;
+    println!("rolled out to {image} after {:.1?}", start.elapsed());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_build_is_rolled_out_and_back() -> TestResult {
+    scenario(Suite::Ci, json!({"gateway": {"replicas": 2}, "business": {"replicas": 2}}), async |scene| {
+        let [first, second] = scene.environment.images.clone();
+        for image in [second, first].map(|image| image.name()) {
+            scene.edit(json!({ "image": image })).await?;
+            wait_rolled_out(scene, &image, 2).await?;
+            scene.flow(200).await?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// A field that the upgraded CustomResourceDefinition has and the installed one has not.
+const NEW_FIELD: &str = "e2eNewField";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_chart_is_upgraded_with_a_changed_definition() -> TestResult {
+    scenario(Suite::Ci, json!({}), async |scene| {
+        let directory = std::env::temp_dir().join(&scene.namespace);
+        copy(&scene.environment.chart, &directory)?;
+        let file = directory.join("files/crds/imclusters.yaml");
+        let definition = fs::read_to_string(&file)?;
+        // Into the properties of `status`, the only place where the status' own conditions are described.
+        let anchor = "observedGeneration:\n";
+        let place = definition.find(anchor).ok_or("status.observedGeneration is not in the definition")?;
+        let indent = place - definition[..place].rfind('\n').map_or(0, |end| end + 1);
+        let field = format!("{NEW_FIELD}:\n{0}  type: string\n{0}", " ".repeat(indent));
+        fs::write(&file, format!("{}{field}{}", &definition[..place], &definition[place..]))?;
+
+        let [first, second] = scene.environment.images.clone();
+        let upgraded = scene.operator.upgrade(&directory, &second).await;
+        let checked = async {
+            upgraded?;
+            ensure(definition_has_new_field(scene).await?, || "helm upgrade left the definition as it was".to_owned())?;
+            // The clusters get the operator's image, as theirs says none.
+            wait_rolled_out(scene, &second.name(), 1).await?;
+            scene.flow(200).await
+        }
+        .await;
+        // Back, so that the next scenario finds what it expects.
+        scene.operator.upgrade(&scene.environment.chart, &first).await?;
+        checked?;
+        ensure(!definition_has_new_field(scene).await?, || "the definition was not brought back".to_owned())?;
+        wait_rolled_out(scene, &first.name(), 1).await?;
+        fs::remove_dir_all(&directory)?;
+        Ok(())
+    })
+    .await
+}
+
+async fn definition_has_new_field(scene: &Scene) -> TestResult<bool> {
+    let definitions: Api<CustomResourceDefinition> = Api::all(scene.client.clone());
+    let definition = definitions.get(im_crds::ImCluster::crd_name()).await?;
+    Ok(serde_json::to_string(&definition.spec)?.contains(NEW_FIELD))
+}
+
+fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let (source, target) = (entry?.path(), to.to_owned());
+        let Some(name) = source.file_name() else { continue };
+        if source.is_dir() {
+            copy(&source, &target.join(name))?;
+        } else {
+            fs::copy(&source, target.join(name))?;
+        }
+    }
+    Ok(())
+}

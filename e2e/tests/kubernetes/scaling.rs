@@ -1,0 +1,195 @@
+//! Applying an ImCluster, and scaling its tiers by hand while people chat.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use im_crds::ConditionStatus;
+use im_proto::ids::{direct_conversation, shard_of};
+use k8s_openapi::api::{
+    apps::v1::{Deployment, StatefulSet},
+    core::v1::{ConfigMap, Pod, Secret, Service, ServiceAccount},
+    networking::v1::NetworkPolicy,
+    policy::v1::PodDisruptionBudget,
+};
+use kube::{
+    Api, ResourceExt,
+    api::{DeleteParams, ListParams},
+};
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::{
+    environment::Suite,
+    scene::{CLUSTER, PATIENCE, Scene, ensure, scenario},
+    support::{TestResult, eventually},
+    world::World,
+};
+
+/// How long nothing may be written about an ImCluster of which nothing changes.
+const QUIET: Duration = Duration::from_secs(30);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_applied_imcluster_chats_and_leaves_nothing_behind() -> TestResult {
+    scenario(Suite::Ci, json!({}), async |scene| {
+        scene.flow(300).await?;
+        for pod in ["gateway", "business", "store"].into_iter().flat_map(|tier| scene.world.pods(CLUSTER, tier)) {
+            let has_token = pod.spec.as_ref().and_then(|spec| spec.automount_service_account_token) != Some(false);
+            ensure(!has_token, || format!("{} carries an API token", pod.name_any()))?;
+        }
+        // The history is complete before the cluster goes.
+        scene.check().await?;
+        unchanged_is_not_written(scene).await?;
+        scene.clusters().delete(CLUSTER, &DeleteParams::foreground()).await?;
+        scene.wait("all pods are gone", |world| is_empty(world)).await?;
+        eventually("the ImCluster and its children are gone", PATIENCE, async || {
+            let gone = scene.clusters().get_opt(CLUSTER).await.ok()?.is_none();
+            (gone && versions(scene).await.ok()?.is_empty()).then_some(())
+        })
+        .await
+    })
+    .await
+}
+
+fn is_empty(world: &World) -> bool {
+    ["gateway", "business", "store"].into_iter().all(|tier| world.pods(CLUSTER, tier).is_empty())
+}
+
+/// The operator's own count of its writes, all but those of the lease.
+const WRITES: &str = "imcluster_kubernetes_writes_total";
+
+/// While nothing happens the operator writes nothing but its lease; what it uses meanwhile is printed.
+async fn unchanged_is_not_written(scene: &Scene) -> TestResult {
+    let settled = |world: &World| {
+        world.condition_is(CLUSTER, "Progressing", ConditionStatus::False) && world.shards_are_shared_by(CLUSTER, 1)
+    };
+    scene.wait("nothing is under way", settled).await?;
+    let leader = scene.operator.process(&scene.operator.leader().await?.pod)?;
+    // The last messages are still being counted: a change within the first seconds is no surprise.
+    let mut before = versions(scene).await?;
+    let mut since = (Instant::now(), leader.usage()?);
+    eventually(&format!("nothing was written for {QUIET:?}"), QUIET * 3, async || {
+        let now = versions(scene).await.ok()?;
+        if now != before {
+            let changed: Vec<_> = now.symmetric_difference(&before).collect();
+            println!("written {:.1?} after the last write: {changed:?}", since.0.elapsed());
+            (before, since) = (now, (Instant::now(), leader.usage().ok()?));
+        }
+        (since.0.elapsed() >= QUIET).then_some(())
+    })
+    .await?;
+    let (time, usage, writes) = (since.0.elapsed(), leader.usage()?, scene.operator.counter(WRITES).await?);
+    println!("writes of the operator so far: {writes}");
+    println!(
+        "the leader, {time:.0?} without any write: {:.2} % of a core, {:.1} MiB",
+        (usage.cpu - since.1.cpu).as_secs_f64() / time.as_secs_f64() * 100.0,
+        usage.resident_bytes as f64 / f64::from(1 << 20)
+    );
+    Ok(())
+}
+
+/// Kind, name and version of everything that the operator made in the scenario's namespace; not what Kubernetes adds to it.
+async fn versions(scene: &Scene) -> TestResult<BTreeSet<(String, String, String)>> {
+    async fn of<K>(api: Api<K>, kind: &str, found: &mut BTreeSet<(String, String, String)>) -> TestResult
+    where
+        K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug,
+    {
+        for object in api.list(&ListParams::default()).await?.items {
+            let ours = !["default", "kube-root-ca.crt"].contains(&object.name_any().as_str());
+            if ours {
+                found.insert((kind.to_owned(), object.name_any(), object.resource_version().unwrap_or_default()));
+            }
+        }
+        Ok(())
+    }
+    let mut found = BTreeSet::new();
+    of(scene.api::<im_crds::ImCluster>(), "ImCluster", &mut found).await?;
+    of(scene.api::<im_crds::ShardMap>(), "ShardMap", &mut found).await?;
+    of(scene.api::<Deployment>(), "Deployment", &mut found).await?;
+    of(scene.api::<StatefulSet>(), "StatefulSet", &mut found).await?;
+    of(scene.api::<Service>(), "Service", &mut found).await?;
+    of(scene.api::<ConfigMap>(), "ConfigMap", &mut found).await?;
+    of(scene.api::<Secret>(), "Secret", &mut found).await?;
+    of(scene.api::<ServiceAccount>(), "ServiceAccount", &mut found).await?;
+    of(scene.api::<PodDisruptionBudget>(), "PodDisruptionBudget", &mut found).await?;
+    of(scene.api::<NetworkPolicy>(), "NetworkPolicy", &mut found).await?;
+    of(scene.api::<Pod>(), "Pod", &mut found).await?;
+    Ok(found)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn business_scales_from_one_to_three_and_back() -> TestResult {
+    scenario(Suite::Ci, json!({}), async |scene| {
+        for members in [3, 1] {
+            let start = Instant::now();
+            scene.edit(json!({"business": {"replicas": members}})).await?;
+            scene.wait_shards_shared_by(members).await?;
+            println!("shared by {members} after {:.1?}", start.elapsed());
+            scene.flow(200).await?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Shards in the scenario of the hot one; few, so that each of the others has some load too.
+const FEW_SHARDS: u32 = 16;
+/// Messages a second of the one loud conversation: well above all others together.
+const LOUD_PER_SECOND: u32 = 80;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hot_shard_and_its_neighbours_part() -> TestResult {
+    let spec = json!({"business": {"replicas": 2, "shards": FEW_SHARDS}});
+    scenario(Suite::All, spec, async |scene| {
+        scene.wait_shards_shared_by(2).await?;
+        let chat = scene.chat()?;
+        let (one, other) = (chat.people()[0].name.clone(), chat.people()[1].name.clone());
+        let shard = shard_of(&direct_conversation(&one, &other), FEW_SHARDS) as usize;
+        let loud = [
+            chat.send_to_at(0, format!("u/{other}"), LOUD_PER_SECOND),
+            chat.send_to_at(1, format!("u/{one}"), LOUD_PER_SECOND),
+        ];
+        let neighbours = |world: &World| {
+            let owners = world.owners(CLUSTER)?;
+            let hot = owners.get(shard)?.clone()?;
+            Some(owners.iter().filter(|owner| owner.as_deref() == Some(&hot)).count() - 1)
+        };
+        println!("the loud conversation's shard {shard} had {:?} neighbours", neighbours(&scene.world));
+        // A fair share by number alone would be seven.
+        scene
+            .wait("the loud shard has few neighbours", |world| neighbours(world).is_some_and(|count| count <= 4))
+            .await?;
+        println!("it has {:?} now", neighbours(&scene.world));
+        drop(loud);
+        scene.flow(200).await
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_changes_his_mind_during_a_drain_keeps_his_gateways() -> TestResult {
+    let autoscaling = |max: u32| json!({"minReplicas": max.min(3), "maxReplicas": max});
+    // They could not be empty before the mind is changed.
+    let spec = json!({
+        "gateway": {"replicas": null, "autoscaling": autoscaling(3), "drain": {"notice": "20s"}},
+        "business": {"replicas": 3},
+    });
+    scenario(Suite::All, spec, async |scene| {
+        scene.wait_gateways(3).await?;
+        scene.wait_shards_shared_by(3).await?;
+        let uids = |world: &World| -> BTreeSet<String> {
+            world.pods(CLUSTER, "gateway").iter().filter_map(ResourceExt::uid).collect()
+        };
+        let before = uids(&scene.world);
+        scene.edit(json!({"gateway": {"autoscaling": autoscaling(1)}, "business": {"replicas": 1}})).await?;
+        scene.wait("gateways drain", |world| world.serving(CLUSTER).len() < 3).await?;
+        let is_draining = |world: &World| world.condition_is(CLUSTER, "Draining", ConditionStatus::True);
+        scene.wait("the status says that gateways drain", is_draining).await?;
+        let drains = scene.world.status(CLUSTER).map(|status| status.drains);
+        println!("draining: {drains:?}");
+        scene.edit(json!({"gateway": {"autoscaling": autoscaling(3)}, "business": {"replicas": 3}})).await?;
+        scene.wait_gateways(3).await?;
+        ensure(uids(&scene.world) == before, || "gateways that drained were replaced instead of kept".to_owned())?;
+        scene.wait_shards_shared_by(3).await?;
+        scene.flow(200).await
+    })
+    .await
+}
