@@ -41,7 +41,7 @@ use serde::{Deserialize, Serialize};
         description = "Gateways that take connections"
     ),
     printcolumn(
-        name = "Wanted",
+        name = "GatewaysWanted",
         type_ = "integer",
         json_path = ".status.gateway.desired",
         description = "Gateways that there should be"
@@ -53,7 +53,7 @@ use serde::{Deserialize, Serialize};
         description = "Business members that can own shards"
     ),
     printcolumn(
-        name = "Wanted",
+        name = "BusinessWanted",
         type_ = "integer",
         json_path = ".status.business.desired",
         description = "Business members that there should be"

@@ -103,6 +103,10 @@ impl ServiceType {
 /// One store member with an embedded database file and a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "self.size == oldSelf.size && has(self.storageClassName) == has(oldSelf.storageClassName) && (!has(self.storageClassName) || self.storageClassName == oldSelf.storageClassName)",
+    "message": "size and storageClassName of the store's volume can't change: resize its PersistentVolumeClaim instead"
+}]))]
 pub struct Embedded {
     /// Size of its volume. On Kubernetes only.
     pub size: Quantity,

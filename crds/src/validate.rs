@@ -120,6 +120,13 @@ impl ImCluster {
             "spec",
             "storage can't change its kind, every stored message would stay behind: make a new ImCluster instead",
         );
+        if let (Storage::Embedded(new), Storage::Embedded(old)) = (&self.spec.storage, &old.spec.storage) {
+            checker.require(
+                (&new.size, &new.storage_class_name) == (&old.size, &old.storage_class_name),
+                "spec.storage.embedded",
+                "size and storageClassName of the store's volume can't change: resize its PersistentVolumeClaim instead",
+            );
+        }
         checker.violations
     }
 

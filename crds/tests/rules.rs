@@ -262,6 +262,25 @@ fn the_kind_of_storage_never_changes() {
 }
 
 #[test]
+fn the_volume_of_the_store_never_changes() {
+    let yaml = with("storage: {embedded: {size: 1Gi}}");
+    let words =
+        "size and storageClassName of the store's volume can't change: resize its PersistentVolumeClaim instead";
+    let old = ImCluster::parse_yaml(&yaml).expect("1 GiB");
+    for changed in ["storage: {embedded: {size: 2Gi}}", "storage: {embedded: {size: 1Gi, storageClassName: fast}}"] {
+        let changed = with(changed);
+        assert_eq!(refused_by_cel(&changed, Some(&yaml)), [words]);
+        let new = ImCluster::parse_yaml(&changed).expect("another volume");
+        assert_eq!(
+            new.validate_update(&old),
+            [Violation { path: "spec.storage.embedded".into(), reason: words.into() }]
+        );
+    }
+    let pod = with("storage: {embedded: {size: 1Gi, pod: {priorityClassName: high}}}");
+    assert_eq!(refused_by_cel(&pod, Some(&yaml)), Vec::<String>::new());
+}
+
+#[test]
 fn each_place_refuses_what_it_can_not_have() {
     let at = |yaml: &str, place: Place| -> Vec<String> {
         let cluster = ImCluster::parse_yaml(yaml).unwrap_or_else(|error| panic!("{yaml}: {error}"));

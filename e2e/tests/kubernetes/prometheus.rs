@@ -71,8 +71,13 @@ async fn gateways_follow_a_step_of_the_load() -> TestResult {
         println!("because: {:?}", because(&scene.world));
         ensure(took <= allowed, || format!("it took {took:?}, {allowed:?} are allowed"))?;
         scene.wait_gateways(2).await?;
-        // Connections stay where they are; who connects now is dealt to both.
-        scene.chat()?.reconnect().await;
+        // Connections stay where they are; who connects now is dealt to both, as soon as the nodes know of both.
+        eventually("both gateways have connections", PATIENCE, async || {
+            let scene = &mut *scene;
+            scene.chat().ok()?.reconnect().await;
+            scene.connections_are_everywhere().await.ok()?.then_some(())
+        })
+        .await?;
         scene.flow(500).await?;
         let connections = scene.chat()?.connections();
         scene.chat()?.send_at(RATE / 4.0, 3);

@@ -281,6 +281,20 @@ impl Scene {
         Ok(self.chat.as_mut().ok_or("nobody chats")?)
     }
 
+    /// Whether each gateway that serves has client connections, as it says itself.
+    pub async fn connections_are_everywhere(&self) -> TestResult<bool> {
+        for pod in self.world.serving(CLUSTER) {
+            let path = format!("/api/v1/namespaces/{}/pods/{}:9090/proxy/metrics", self.namespace, pod.name_any());
+            let metrics = self.client.request_text(hyper::Request::get(path).body(Vec::new())?).await?;
+            let connections =
+                metrics.lines().find_map(|line| line.strip_prefix("im_connections ")?.parse::<u64>().ok());
+            if connections.unwrap_or_default() == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Waits until so many more messages are acknowledged.
     pub async fn flow(&self, more: u64) -> TestResult {
         let chat = self.chat.as_ref().ok_or("nobody chats")?;

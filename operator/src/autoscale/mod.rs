@@ -137,8 +137,8 @@ impl fmt::Display for MetricState {
 
 /// A value older than that is stale.
 pub const SAMPLE_AGE_MAX: Duration = Duration::from_secs(30);
-/// A source younger than that may be empty without meaning it.
-pub const SOURCE_SETTLES: Duration = Duration::from_secs(120);
+/// A source younger than two scrape intervals of the usual 30 s may be empty, or know of a part only, without meaning it.
+pub const SOURCE_SETTLES: Duration = Duration::from_secs(60);
 /// Decisions further apart than that don't make one window: nobody looked in between.
 pub const DECISION_GAP_MAX: Duration = Duration::from_secs(60);
 /// Fresh values of that part of the members are "nearly all".

@@ -173,7 +173,7 @@ fn own_queries_have_shares_of_a_sum_or_a_value_each() {
 fn a_sum_is_doubted_where_it_can_be_of_a_part() {
     let spec = free(vec![query(QueryTargetType::AverageValue, 100.0, false)]);
     let running = members(4, 0);
-    let young = Some(NOW - Duration::from_secs(100));
+    let young = Some(NOW - Duration::from_secs(50));
     let settled = Some(NOW - SOURCE_SETTLES);
     let state = |values: Values, source_started_at| {
         let reading = Reading { values, origin: String::new(), source_started_at };

@@ -840,13 +840,16 @@ impl<P: Platform> Leader<P> {
                 self.tell(format!("{tier}: {} wanted{because}", wanted.replicas));
             }
             let change = proposed_change(tier, wanted.replicas, &members, ordered);
+            let surge = surge(&self.cluster, tier);
             // Somebody has to be there before anything can be paused or recommended.
             let steps = match acts {
                 _ if self.tier(tier).acting => vec![],
                 // Who holds what is not known before the members have been heard.
                 _ if self.hears() && !members.is_empty() => vec![],
-                _ if members.is_empty() && acts != Acts::Freely => next_steps(tier, scaling.initial(), &[], ordered),
-                Acts::Freely => next_steps(tier, wanted.replicas, &members, ordered),
+                _ if members.is_empty() && acts != Acts::Freely => {
+                    next_steps(tier, scaling.initial(), surge, &[], ordered)
+                }
+                Acts::Freely => next_steps(tier, wanted.replicas, surge, &members, ordered),
                 Acts::Approved => self.approved_steps(tier, &members, ordered),
                 Acts::Never => vec![],
             };
@@ -888,7 +891,7 @@ impl<P: Platform> Leader<P> {
                 self.tell(format!("{tier}: what was approved {how}"));
             }
         }
-        next_steps(tier, target, &members, ordered)
+        next_steps(tier, target, surge(&self.cluster, tier), &members, ordered)
     }
 
     /// Lets planned moves wait while the store refuses writes: each begins and ends with one.
@@ -1414,6 +1417,14 @@ impl<P: Platform> Leader<P> {
             stale_approval: self.stale_approval.clone(),
             waits: self.waits.clone(),
         }
+    }
+}
+
+/// Members that may be added while outdated ones are replaced.
+fn surge(cluster: &ImCluster, tier: Tier) -> u32 {
+    match tier {
+        Tier::Gateway => cluster.spec.gateway.surge,
+        Tier::Business => cluster.spec.business.surge,
     }
 }
 

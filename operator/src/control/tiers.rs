@@ -2,8 +2,8 @@
 //!
 //! A member leaves in two steps. First what it holds goes elsewhere (a gateway's connections are shed, a business member's
 //! shards are moved), then its process is stopped. Until then the way back is open: a tier that grows again takes back who
-//! is leaving before it starts anybody new. Members with an outdated configuration are replaced the same way, one at a
-//! time: one more is started, and once all are ready an outdated one leaves.
+//! is leaving before it starts anybody new. Members with an outdated configuration are replaced the same way, a few at a
+//! time: so many more are started, and once all are ready as many outdated ones leave.
 
 use crate::platform::Tier;
 
@@ -51,8 +51,9 @@ pub enum Step {
     Stop(String),
 }
 
-/// The next steps towards `desired` members of which some are there, the oldest first, and `ordered` more were asked for.
-pub fn next_steps(tier: Tier, desired: u32, members: &[TierMember], ordered: u32) -> Vec<Step> {
+/// The next steps towards `desired` members of which some are there, the oldest first, and `ordered` more were asked for. While
+/// members with an outdated configuration are replaced, there may be up to `surge_max` more.
+pub fn next_steps(tier: Tier, desired: u32, surge_max: u32, members: &[TierMember], ordered: u32) -> Vec<Step> {
     let mut steps = Vec::new();
     let mut leaving: Vec<&TierMember> = Vec::new();
     for member in members {
@@ -70,7 +71,7 @@ pub fn next_steps(tier: Tier, desired: u32, members: &[TierMember], ordered: u32
     // The youngest first.
     let serving: Vec<&TierMember> = members.iter().rev().filter(serves).collect();
     let all_ready = ordered == 0 && serving.iter().all(|member| member.stage == Stage::Ready);
-    let surge = u32::from(serving.iter().any(|member| member.outdated));
+    let surge = (serving.iter().filter(|member| member.outdated).count() as u32).min(surge_max);
     let count = serving.len() as u32 + ordered;
     let allowed = if all_ready { desired } else { desired + surge };
 
@@ -179,19 +180,19 @@ mod tests {
     #[test]
     fn grows_by_what_is_neither_there_nor_asked_for() {
         let members = [member(0, Stage::Ready, 5), member(2, Stage::Stopping, 0)];
-        assert_eq!(next_steps(Tier::Gateway, 3, &members, 0), [Step::Start(2)]);
-        assert_eq!(next_steps(Tier::Gateway, 3, &members, 1), [Step::Start(1)]);
-        assert_eq!(next_steps(Tier::Gateway, 3, &members, 2), []);
-        assert_eq!(next_steps(Tier::Gateway, 1, &members, 0), []);
-        assert_eq!(next_steps(Tier::Gateway, 1, &[member(0, Stage::Ready, 5), member(1, Stage::Ready, 5)], 1), []);
+        assert_eq!(next_steps(Tier::Gateway, 3, 1, &members, 0), [Step::Start(2)]);
+        assert_eq!(next_steps(Tier::Gateway, 3, 1, &members, 1), [Step::Start(1)]);
+        assert_eq!(next_steps(Tier::Gateway, 3, 1, &members, 2), []);
+        assert_eq!(next_steps(Tier::Gateway, 1, 1, &members, 0), []);
+        assert_eq!(next_steps(Tier::Gateway, 1, 1, &[member(0, Stage::Ready, 5), member(1, Stage::Ready, 5)], 1), []);
     }
 
     #[test]
     fn growing_takes_back_the_least_drained_before_it_starts_anybody() {
         let members = [member(0, Stage::Ready, 9), member(1, LEAVING, 3), member(2, LEAVING, 7)];
-        assert_eq!(next_steps(Tier::Gateway, 2, &members, 0), [Step::Return(name(2))]);
+        assert_eq!(next_steps(Tier::Gateway, 2, 1, &members, 0), [Step::Return(name(2))]);
         assert_eq!(
-            next_steps(Tier::Gateway, 4, &members, 0),
+            next_steps(Tier::Gateway, 4, 1, &members, 0),
             [Step::Return(name(2)), Step::Return(name(1)), Step::Start(1)]
         );
     }
@@ -199,8 +200,8 @@ mod tests {
     #[test]
     fn the_cheapest_leaves_and_the_newest_on_a_tie() {
         let members = [member(0, Stage::Ready, 3), member(1, Stage::Ready, 2), member(2, Stage::Ready, 2)];
-        assert_eq!(next_steps(Tier::Gateway, 2, &members, 0), [Step::Leave(name(2))]);
-        assert_eq!(next_steps(Tier::Business, 1, &members, 0), [Step::Leave(name(2)), Step::Leave(name(1))]);
+        assert_eq!(next_steps(Tier::Gateway, 2, 1, &members, 0), [Step::Leave(name(2))]);
+        assert_eq!(next_steps(Tier::Business, 1, 1, &members, 0), [Step::Leave(name(2)), Step::Leave(name(1))]);
     }
 
     #[test]
@@ -208,23 +209,23 @@ mod tests {
         let starting = member(3, Stage::Starting, 0);
         let members =
             [member(0, Stage::Ready, 3), member(1, Stage::Ready, 0), starting.clone(), member(4, Stage::Starting, 0)];
-        assert_eq!(next_steps(Tier::Gateway, 2, &members, 0), [Step::Stop(name(4)), Step::Stop(name(3))]);
-        assert_eq!(next_steps(Tier::Gateway, 3, &members, 0), [Step::Stop(name(4))]);
+        assert_eq!(next_steps(Tier::Gateway, 2, 1, &members, 0), [Step::Stop(name(4)), Step::Stop(name(3))]);
+        assert_eq!(next_steps(Tier::Gateway, 3, 1, &members, 0), [Step::Stop(name(4))]);
         assert_eq!(
-            next_steps(Tier::Gateway, 1, &members, 0),
+            next_steps(Tier::Gateway, 1, 1, &members, 0),
             [Step::Stop(name(4)), Step::Stop(name(3)), Step::Leave(name(1))]
         );
         let lost = [member(0, Stage::Ready, 3), member(1, Stage::Ready, 1), member(2, Stage::Starting, 4)];
-        assert_eq!(next_steps(Tier::Business, 2, &lost, 0), [], "2 still holds something and does not answer");
+        assert_eq!(next_steps(Tier::Business, 2, 1, &lost, 0), [], "2 still holds something and does not answer");
     }
 
     #[test]
     fn an_empty_one_is_stopped_and_an_overdue_one_by_its_tier() {
         let empty = [member(0, Stage::Ready, 1), member(1, Stage::Leaving { empty: true, overdue: false }, 0)];
-        assert_eq!(next_steps(Tier::Gateway, 1, &empty, 0), [Step::Stop(name(1))]);
+        assert_eq!(next_steps(Tier::Gateway, 1, 1, &empty, 0), [Step::Stop(name(1))]);
         let overdue = [member(0, Stage::Ready, 1), member(1, Stage::Leaving { empty: false, overdue: true }, 9)];
-        assert_eq!(next_steps(Tier::Gateway, 1, &overdue, 0), [Step::Stop(name(1))]);
-        assert_eq!(next_steps(Tier::Business, 1, &overdue, 0), [Step::Return(name(1))]);
+        assert_eq!(next_steps(Tier::Gateway, 1, 1, &overdue, 0), [Step::Stop(name(1))]);
+        assert_eq!(next_steps(Tier::Business, 1, 1, &overdue, 0), [Step::Return(name(1))]);
     }
 
     /// Plays rounds in which every step succeeds, until nothing is left to do.
@@ -232,7 +233,7 @@ mod tests {
         let mut ready_counts = Vec::new();
         let mut started = 1_000;
         for _ in 0..100 {
-            let steps = next_steps(tier, desired, &members, 0);
+            let steps = next_steps(tier, desired, 1, &members, 0);
             if steps.is_empty() && members.iter().all(|m| m.stage == Stage::Ready) {
                 return (members, ready_counts);
             }
