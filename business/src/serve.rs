@@ -100,8 +100,12 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
         fail_points: FailPoints::default(),
         token: config.link_token.clone(),
     });
-    let limits =
-        Limits { payload_max: config.payload_max.unwrap_or(Limits::default().payload_max), ..Limits::default() };
+    let limits = Limits {
+        payload_max: config.payload_max.unwrap_or(Limits::default().payload_max),
+        room_history: config.rooms.history,
+        room_stats_interval: Duration::from_millis(config.rooms.stats_interval_ms),
+        ..Limits::default()
+    };
     let core = tokio::spawn(run_core(shell.clone(), store, inbox, limits));
     tokio::spawn(keep_control(shell.clone(), config.control.clone(), hello));
     tokio::spawn(serve_admin(shell.clone(), admin, config.fail_points));

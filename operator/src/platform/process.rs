@@ -257,6 +257,10 @@ fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secr
             "maxPayload": spec.messages.max_payload,
         },
         "messages": { "catchUp": spec.messages.catch_up },
+        "rooms": {
+            "coalesceMs": spec.gateway.rooms.coalesce.duration().as_millis().clamp(1, 25) as u64,
+            "flushIntervalMs": spec.gateway.rooms.flush_interval.duration().as_millis().clamp(100, 60_000) as u64,
+        },
         "terminationGraceSeconds": STOP_GRACE.as_secs(),
     });
     if let (Some(path), Some(fields)) = (&spec.service_token_file, config.as_object_mut()) {
@@ -301,6 +305,10 @@ fn business_config(
         "linkToken": secrets.link_token,
         "dedupWindowSeconds": cluster.spec.messages.dedup_window.duration().as_secs(),
         "payloadMax": cluster.spec.messages.max_payload,
+        "rooms": {
+            "history": cluster.spec.messages.rooms.history,
+            "statsIntervalMs": cluster.spec.gateway.rooms.flush_interval.duration().as_millis().clamp(100, 60_000) as u64,
+        },
     }))
 }
 
