@@ -123,11 +123,8 @@ impl Owner {
                 watermark: 0,
                 hole: false,
             })]),
-            StoreCall::Check(shards) => {
-                let owner = Some(self.core.me().clone());
-                let row = |(shard, epoch)| store::ShardRow { shard, epoch, owner: owner.clone() };
-                StoreAnswer::Check(shards.into_iter().map(row).collect())
-            }
+            // Names those that are somebody else's.
+            StoreCall::Check(_) => StoreAnswer::Check(Vec::new()),
             StoreCall::LoadRoom { room, .. } => {
                 let get = |key: &str| self.items.get(key).cloned();
                 StoreAnswer::LoadRoom(RoomRows {
@@ -204,7 +201,10 @@ impl Owner {
     /// Viewers, likes and roses.
     fn totals(&mut self) -> (u64, u64, u64) {
         let get = RoomGet { room: ROOM.into(), actor: String::new() };
-        let Some(Outcome::Room(room)) = self.ask(GATEWAY, body::Body::RoomGet(get)) else { panic!("no room") };
+        let room = match self.ask(GATEWAY, body::Body::RoomGet(get)) {
+            Some(Outcome::Room(room)) => room,
+            other => panic!("{other:?}"),
+        };
         let stats = room.stats.unwrap();
         let total = |name: &str| stats.totals.iter().find(|total| total.name == name).map_or(0, |total| total.count);
         (stats.viewers, total("like"), total("gift/rose"))
@@ -288,7 +288,9 @@ fn counts_are_summed_and_told_once_per_interval() {
     let (second, other) = owner.request(counts(1, 4, &[("like", 5)]), false);
     owner.frame(GATEWAY, vec![one]);
     owner.frame(OTHER_GATEWAY, vec![other]);
-    assert!(matches!(owner.replies[&first], Outcome::Done(_)) && matches!(owner.replies[&second], Outcome::Done(_)));
+    for id in [first, second] {
+        assert!(matches!(owner.replies[&id], Outcome::Done(_)), "{:?}", owner.replies[&id]);
+    }
     assert_eq!(owner.totals(), (7, 15, 2));
     assert!(owner.commits - commits <= 2);
     for _ in 0..20 {
@@ -344,7 +346,7 @@ fn what_is_not_stored_leaves_no_trace() {
     let (id, frame) = owner.request(counts(1, 1, &[("like", 10)]), false);
     owner.frame(GATEWAY, vec![frame]);
     owner.pass(10);
-    assert!(matches!(owner.replies[&id], Outcome::Done(_)));
+    assert!(matches!(owner.replies[&id], Outcome::Done(_)), "{:?}", owner.replies[&id]);
     assert_eq!(owner.totals().1, 10);
 }
 

@@ -396,6 +396,7 @@ fn a_batch_goes_to_the_socket_when_nothing_waits_before_it() {
     };
     for version in [Version::V5, Version::V311] {
         let mut driven = Driven::live(version);
+        assert!(driven.packets().is_empty(), "CONNACK is written");
         let mut written = Vec::new();
         let sent = driven.session.on_room_batch(&batch(&[10, 20]), |bytes| {
             written.extend_from_slice(bytes);
