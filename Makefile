@@ -3,9 +3,12 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 DATA ?= .run/chat
 FILE ?= examples/chat.yaml
+DRIVER ?= kind
+SUITE ?= all
+KEEP ?=
 
 help: ## what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: ## install what tests and demos need (Debian packages, Python and npm clients)
 	@e2e/setup.sh
@@ -24,6 +27,18 @@ test: setup lint ## everything
 	cargo test --workspace --quiet --no-run
 	cargo test --workspace
 
+images: ## the container image, with docker or buildah; without either a docker-archive of it
+	images/build.sh
+
+cluster-up: ## a Kubernetes cluster to try things in; DRIVER=kind (default), api or existing
+	e2e/cluster/up.sh $(DRIVER)
+
+cluster-down: ## ends it
+	e2e/cluster/down.sh
+
+e2e: setup ## the tests on a real Kubernetes; SUITE=all (default) or ci, KEEP=1 leaves the cluster up
+	SUITE=$(SUITE) DRIVER=$(DRIVER) KEEP=$(KEEP) e2e/cluster/run.sh
+
 bench: setup ## ratios beside peers and physical limits, in one run (release build)
 	cargo build --workspace --bins --release
 	e2e/bench.sh
@@ -31,4 +46,4 @@ bench: setup ## ratios beside peers and physical limits, in one run (release bui
 clean: ## forget data of runs; keeps the build
 	rm -rf .run
 
-.PHONY: help setup build run lint test bench clean
+.PHONY: help setup build run lint test images cluster-up cluster-down e2e bench clean

@@ -10,6 +10,7 @@ need mosquitto mosquitto
 need mosquitto_pub mosquitto-clients
 need python3 python3
 need npm npm
+need prometheus prometheus
 [ -x /usr/lib/postgresql/15/bin/postgres ] || compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || packages+=(postgresql)
 if [ ${#packages[@]} -gt 0 ]; then
     if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file can't be read.
-    #[error("cannot read {path}: {source}; give the configuration with --config FILE")]
+    #[error("cannot read {path}: {source}; check --config and the files that it names")]
     Read {
         /// The file.
         path: PathBuf,
@@ -25,14 +25,62 @@ pub enum ConfigError {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// A value is given twice, or not at all.
+    #[error("set {count} of: {inline}, {inline}{suffix}")]
+    Choice {
+        /// How many are to be set.
+        count: &'static str,
+        /// The field that holds the value.
+        inline: &'static str,
+        /// With this after it, the field that names the file which holds it.
+        suffix: &'static str,
+    },
+}
+
+/// What tells one member from another with the same configuration. What is given overrides the configuration.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Identity {
+    /// The member's name.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// What tells this process from another one of its name [default: the process id]
+    #[arg(long)]
+    pub instance: Option<String>,
+    /// The host at which other processes reach this one [default: the address listened on]
+    #[arg(long)]
+    pub advertise: Option<String>,
+}
+
+impl Identity {
+    /// What tells this process from another one of its name.
+    pub fn instance(&self) -> String {
+        self.instance.clone().unwrap_or_else(|| std::process::id().to_string())
+    }
+
+    /// Where others reach what listens here, host:port.
+    pub fn advertised(&self, listening: SocketAddr) -> String {
+        match &self.advertise {
+            // An IPv6 address needs its brackets.
+            Some(host) if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{}", listening.port()),
+            Some(host) => format!("{host}:{}", listening.port()),
+            None => listening.to_string(),
+        }
+    }
 }
 
 /// A business member.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServeConfig {
-    /// Its name, which a restart keeps.
+    /// Its name; `--name` overrides it.
+    #[serde(default)]
     pub name: String,
+    /// From the command line.
+    #[serde(skip)]
+    pub identity: Identity,
+    /// The cluster that it belongs to, NAMESPACE/NAME.
+    #[serde(default)]
+    pub cluster: Option<String>,
     /// Where control services listen, host:port; tried in turn.
     pub control: Vec<String>,
     /// Where gateways and other members reach it.
@@ -40,13 +88,23 @@ pub struct ServeConfig {
     /// Health and metrics.
     pub admin: Listen,
     /// `grpc://host:port` (a store member) or `postgres://…`; also `sqlite:PATH` and `memory:` for a member alone.
-    pub store: String,
-    /// What links must present.
+    #[serde(default)]
+    pub store: Option<String>,
+    /// The file that holds it instead.
+    #[serde(default)]
+    pub store_url_file: Option<PathBuf>,
+    /// What links must present, and what is presented to control.
     #[serde(default)]
     pub link_token: Option<String>,
+    /// The file that holds it instead.
+    #[serde(default)]
+    pub link_token_file: Option<PathBuf>,
     /// What the store member asks for.
     #[serde(default)]
     pub store_token: Option<String>,
+    /// The file that holds it instead.
+    #[serde(default)]
+    pub store_token_file: Option<PathBuf>,
     /// How long message ids are remembered, seconds. Ids are kept as long as the messages, so this is a lower bound that always holds.
     #[serde(default)]
     pub dedup_window_seconds: Option<u64>,
@@ -56,6 +114,9 @@ pub struct ServeConfig {
     /// Live rooms.
     #[serde(default)]
     pub rooms: RoomsConfig,
+    /// From SIGTERM to the end at the latest, seconds: in this time its shards go to others.
+    #[serde(default = "default_grace")]
+    pub termination_grace_seconds: u64,
     /// Lets `POST /fail-points/{name}` on the admin address end the process at a chosen point. For tests.
     #[serde(default)]
     pub fail_points: bool,
@@ -77,6 +138,54 @@ impl Default for RoomsConfig {
     }
 }
 
+fn default_grace() -> u64 {
+    5
+}
+
+impl ServeConfig {
+    /// The store's URL, wherever it is.
+    ///
+    /// # Errors
+    /// [`ConfigError`], also when it is nowhere.
+    pub fn read_store_url(&self) -> Result<String, ConfigError> {
+        let url = inline_or_file("store", "UrlFile", self.store.as_ref(), self.store_url_file.as_deref())?;
+        url.ok_or(ConfigError::Choice { count: "exactly one", inline: "store", suffix: "UrlFile" })
+    }
+
+    /// The token of links and control, wherever it is.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn read_link_token(&self) -> Result<Option<String>, ConfigError> {
+        inline_or_file("linkToken", "File", self.link_token.as_ref(), self.link_token_file.as_deref())
+    }
+
+    /// The token of the store member, wherever it is.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn read_store_token(&self) -> Result<Option<String>, ConfigError> {
+        inline_or_file("storeToken", "File", self.store_token.as_ref(), self.store_token_file.as_deref())
+    }
+}
+
+/// A value that stands in the configuration, or in a file.
+fn inline_or_file(
+    name: &'static str,
+    suffix: &'static str,
+    inline: Option<&String>,
+    file: Option<&Path>,
+) -> Result<Option<String>, ConfigError> {
+    match (inline, file) {
+        (Some(_), Some(_)) => Err(ConfigError::Choice { count: "at most one", inline: name, suffix }),
+        (inline, None) => Ok(inline.cloned()),
+        (None, Some(path)) => match std::fs::read_to_string(path) {
+            Ok(text) => Ok(Some(text.trim().to_owned())),
+            Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+        },
+    }
+}
+
 /// A store member.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -90,6 +199,19 @@ pub struct StoreConfig {
     /// What business members must present.
     #[serde(default)]
     pub token: Option<String>,
+    /// The file that holds it instead.
+    #[serde(default)]
+    pub token_file: Option<PathBuf>,
+}
+
+impl StoreConfig {
+    /// The token, wherever it is.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn read_token(&self) -> Result<Option<String>, ConfigError> {
+        inline_or_file("token", "File", self.token.as_ref(), self.token_file.as_deref())
+    }
 }
 
 /// Where to listen.
@@ -107,4 +229,32 @@ pub struct Listen {
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
     let text = std::fs::read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     serde_json::from_slice(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(fields: &str) -> ServeConfig {
+        let always = r#""control":[],"link":{"address":"127.0.0.1:0"},"admin":{"address":"127.0.0.1:0"}"#;
+        serde_json::from_str(&format!("{{{always}{fields}}}")).expect("a configuration")
+    }
+
+    #[test]
+    fn a_secret_stands_in_the_configuration_or_in_a_file() {
+        let file = std::env::temp_dir().join(format!("im-business-config-{}", std::process::id()));
+        std::fs::write(&file, "from the file\n").expect("written");
+        let path = file.display();
+        let both = config(&format!(r#","store":"memory:","linkToken":"inline","storeTokenFile":"{path}""#));
+        assert_eq!(both.read_store_url().expect("inline"), "memory:");
+        assert_eq!(both.read_link_token().expect("inline").as_deref(), Some("inline"));
+        assert_eq!(both.read_store_token().expect("readable").as_deref(), Some("from the file"));
+        let twice = config(&format!(r#","linkToken":"inline","linkTokenFile":"{path}""#));
+        let error = twice.read_link_token().expect_err("which one?").to_string();
+        assert_eq!(error, "set at most one of: linkToken, linkTokenFile");
+        let error = twice.read_store_url().expect_err("none").to_string();
+        assert_eq!(error, "set exactly one of: store, storeUrlFile");
+        std::fs::remove_file(&file).expect("removed");
+        assert!(both.read_store_token().expect_err("gone").to_string().contains("im-business-config"));
+    }
 }

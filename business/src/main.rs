@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
-use im_business::config::{self, ServeConfig, StoreConfig};
+use im_business::config::{self, Identity, ServeConfig, StoreConfig};
 use im_business::serve::serve;
 use im_business::store::{Store, server, sqlite::Sqlite};
 use tokio::signal::unix::{SignalKind, signal};
@@ -29,6 +29,8 @@ enum Command {
         /// The configuration, JSON.
         #[arg(long)]
         config: PathBuf,
+        #[command(flatten)]
+        identity: Identity,
     },
     /// Keep the messages of a cluster in one SQLite file and serve its business members.
     Store {
@@ -48,8 +50,12 @@ fn main() -> ExitCode {
     let outcome = runtime.map_err(|error| error.to_string()).and_then(|runtime| {
         runtime.block_on(async {
             match arguments.command {
-                Command::Serve { config } => {
-                    let config: ServeConfig = config::read(&config).map_err(|error| error.to_string())?;
+                Command::Serve { config, identity } => {
+                    let mut config: ServeConfig = config::read(&config).map_err(|error| error.to_string())?;
+                    if let Some(name) = &identity.name {
+                        config.name.clone_from(name);
+                    }
+                    config.identity = identity;
                     serve(config, terminated()).await.map_err(|error| error.to_string())
                 }
                 Command::Store { config } => {
@@ -69,6 +75,7 @@ fn main() -> ExitCode {
 }
 
 async fn serve_store(config: StoreConfig) -> Result<(), String> {
+    let token = config.read_token().map_err(|error| error.to_string())?;
     let folder = &config.data_dir;
     std::fs::create_dir_all(folder)
         .map_err(|error| format!("cannot create {}: {error}; give a writable dataDir", folder.display()))?;
@@ -79,7 +86,7 @@ async fn serve_store(config: StoreConfig) -> Result<(), String> {
         tokio::net::TcpListener::bind(address).await.map_err(|error| format!("cannot listen on {address}: {error}"))?;
     tracing::info!(name = config.name, %address, "store member starts");
     tokio::select! {
-        ended = server::serve(listener, store, config.token) => ended.map_err(|error| error.to_string()),
+        ended = server::serve(listener, store, token) => ended.map_err(|error| error.to_string()),
         () = terminated() => Ok(()),
     }
 }

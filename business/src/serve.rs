@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use futures::{FutureExt, Stream, StreamExt};
-use im_proto::control::control_client::ControlClient;
 use im_proto::control::{Hello, Report, Role as ControlRole, command, report};
+use im_proto::dial::ControlDialer;
 use im_proto::ids::{IdError, MemberId};
 use im_proto::link::link_server::{Link, LinkServer};
 use im_proto::link::{ClientFrame, ClientFrames, Role, ServerFrame, ServerFrames, client_frame};
@@ -20,12 +20,12 @@ use im_proto::links::{LINK_SILENCE_MAX, LinkEvent, LinkPool, MESSAGE_BYTES_MAX, 
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::config::ServeConfig;
+use crate::config::{ConfigError, ServeConfig};
 use crate::core::calls::{StoreCall, execute};
 use crate::core::{Core, Input, Limits, LinkId, Now, Output};
 use crate::fail_points::{FailPoint, FailPoints};
@@ -40,6 +40,8 @@ const INPUTS_AT_ONCE: usize = 128;
 const READS_MAX: usize = 64;
 /// Frames that wait for one link; beyond, it is closed and dialled anew.
 const LINK_FRAMES_MAX: usize = 1 << 18;
+/// At the end of the grace, for shards that nobody took over to be released.
+const RELEASE_MAX: Duration = Duration::from_secs(5);
 /// How often the core learns that time passed.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -47,8 +49,11 @@ const TICK: Duration = Duration::from_millis(50);
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The name is no id.
-    #[error(transparent)]
+    #[error("name, or --name: {0}")]
     Name(#[from] IdError),
+    /// The configuration is incomplete.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The store can't be used.
     #[error(transparent)]
     Store(#[from] OpenError),
@@ -68,22 +73,26 @@ pub enum ServeError {
     CoreEnded,
 }
 
-/// Runs a member until it fails or `stop` comes.
+/// Runs a member until it fails, or until `stop` has come and its shards have gone elsewhere.
 ///
 /// # Errors
 /// See [`ServeError`].
 pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), ServeError> {
     let me = MemberId::new(&config.name, rand::random())?;
-    let spec: StoreSpec = config.store.parse()?;
-    let store = store::open(&spec.with_token(config.store_token.clone()), &me).await?;
+    let spec: StoreSpec = config.read_store_url()?.parse()?;
+    let token = config.read_link_token()?;
+    let store = store::open(&spec.with_token(config.read_store_token()?), &me).await?;
     let links = listen(config.link.address).await?;
     let admin = listen(config.admin.address).await?;
-    let address = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
+    let address = |listener: &TcpListener| {
+        listener.local_addr().map(|address| config.identity.advertised(address)).unwrap_or_default()
+    };
     let hello = Hello {
         role: ControlRole::Business.into(),
         pid: std::process::id(),
         link_address: address(&links),
         http_address: address(&admin),
+        instance: config.identity.instance(),
         ..Hello::default()
     };
     tracing::info!(%me, link = hello.link_address, admin = hello.http_address, "business member starts");
@@ -98,7 +107,9 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
         reads: Arc::new(Semaphore::new(READS_MAX)),
         metrics: Metrics::default(),
         fail_points: FailPoints::default(),
-        token: config.link_token.clone(),
+        leaving: AtomicBool::new(false),
+        held: watch::Sender::new(0),
+        token: token.clone(),
     });
     let limits = Limits {
         payload_max: config.payload_max.unwrap_or(Limits::default().payload_max),
@@ -107,7 +118,8 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
         ..Limits::default()
     };
     let core = tokio::spawn(run_core(shell.clone(), store, inbox, limits));
-    tokio::spawn(keep_control(shell.clone(), config.control.clone(), hello));
+    let dialer = ControlDialer::new(config.control.clone(), config.cluster.as_deref(), token.as_deref());
+    tokio::spawn(keep_control(shell.clone(), dialer, hello));
     tokio::spawn(serve_admin(shell.clone(), admin, config.fail_points));
     let service = LinkServer::new(LinkService(shell.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let server = tonic::transport::Server::builder()
@@ -118,8 +130,34 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
     tokio::select! {
         ended = server => Ok(ended?),
         _ = core => Err(ServeError::CoreEnded),
-        () = stop => Ok(()),
+        () = leave(&shell, stop, Duration::from_secs(config.termination_grace_seconds)) => Ok(()),
     }
+}
+
+/// Waits for `stop`, and then until control has moved the shards elsewhere. Without control, and when time runs out, they
+/// are released to nobody: whoever is to have them need not wait for this member's silence.
+async fn leave(shell: &Shell, stop: impl Future<Output = ()>, grace: Duration) {
+    stop.await;
+    shell.leaving.store(true, Ordering::Relaxed);
+    let deadline = Instant::now() + grace;
+    let release_at = deadline - (grace / 2).min(RELEASE_MAX);
+    tracing::info!(?grace, "told to end: shards go elsewhere first");
+    let mut held = shell.held.subscribe();
+    // The count is that of the last tick, and shards may have come since.
+    let _ = held.changed().await;
+    let holds = || *held.borrow() > 0;
+    let mut ticks = interval(TICK);
+    while holds() && shell.control.lock().open.is_some() && Instant::now() < release_at {
+        ticks.tick().await;
+    }
+    if holds() {
+        let _ = shell.inputs.send(Input::ReleaseAll).await;
+    }
+    while holds() && Instant::now() < deadline {
+        ticks.tick().await;
+    }
+    // The last words to clients of links are on their way.
+    tokio::time::sleep(TICK).await;
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
@@ -136,6 +174,10 @@ struct Shell {
     reads: Arc<Semaphore>,
     metrics: Metrics,
     fail_points: FailPoints,
+    /// It was told to end.
+    leaving: AtomicBool,
+    /// Shards held, as of each tick.
+    held: watch::Sender<u64>,
     token: Option<String>,
 }
 
@@ -160,7 +202,14 @@ async fn run_core(shell: Arc<Shell>, store: Arc<dyn Store>, mut inbox: mpsc::Rec
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut batch = Vec::with_capacity(INPUTS_AT_ONCE);
+    let mut commit_timer = Box::pin(sleep(Duration::ZERO));
     loop {
+        let commit_at = core.commit_at().map(|at| (started + at).into());
+        if let Some(at) = commit_at
+            && commit_timer.deadline() != at
+        {
+            commit_timer.as_mut().reset(at);
+        }
         tokio::select! {
             received = inbox.recv_many(&mut batch, INPUTS_AT_ONCE) => {
                 if received == 0 {
@@ -170,13 +219,15 @@ async fn run_core(shell: Arc<Shell>, store: Arc<dyn Store>, mut inbox: mpsc::Rec
                     shell.fail_points.before_input(&input);
                     core.take(now(), input);
                 }
-                core.commit();
+                core.commit(now());
             }
+            () = &mut commit_timer, if commit_at.is_some() => core.commit(now()),
             _ = tick.tick() => {
                 core.handle(now(), Input::Tick);
                 let mut snapshot = shell.metrics.0.lock();
                 snapshot.stats = core.stats();
                 snapshot.shards = core.held().count() as u64;
+                shell.held.send_replace(snapshot.shards);
                 snapshot.cpu_cores = cpu.sample();
                 snapshot.links = shell.links.lock().len() as u64;
             }
@@ -255,7 +306,9 @@ fn tell_control(shell: &Shell, report: Report) {
     let report = match report.report {
         Some(report::Report::Heartbeat(heartbeat)) => {
             let cpu_cores = shell.metrics.0.lock().cpu_cores;
-            Report { report: Some(report::Report::Heartbeat(im_proto::control::Heartbeat { cpu_cores, ..heartbeat })) }
+            let leaving = shell.leaving.load(Ordering::Relaxed);
+            let heartbeat = im_proto::control::Heartbeat { cpu_cores, leaving, ..heartbeat };
+            Report { report: Some(report::Report::Heartbeat(heartbeat)) }
         }
         other => Report { report: other },
     };
@@ -339,51 +392,40 @@ async fn read_link(shell: Arc<Shell>, link: LinkId, mut inbound: Streaming<Clien
 // ---- control --------------------------------------------------------------------------------------------------------------
 
 /// Keeps a stream to the control service that leads. Without one, messages flow all the same.
-async fn keep_control(shell: Arc<Shell>, addresses: Vec<String>, hello: Hello) {
-    let mut leader: Option<String> = None;
-    let mut pause = Duration::from_millis(50);
-    for turn in 0usize.. {
-        let Some(address) = leader.take().or_else(|| addresses.get(turn % addresses.len().max(1)).cloned()) else {
-            return;
-        };
+async fn keep_control(shell: Arc<Shell>, mut dialer: ControlDialer, hello: Hello) {
+    if dialer.is_empty() {
+        return tracing::warn!("no control address is configured: nobody will give this member shards");
+    }
+    loop {
         let began = Instant::now();
-        match follow_control(&shell, &address, &hello).await {
-            Ok(next) => leader = next,
-            Err(error) => tracing::debug!(address, %error, "control"),
+        if let Err(error) = follow_control(&shell, &mut dialer, &hello).await {
+            tracing::debug!(%error, "control");
         }
         *shell.control.lock() = ControlStream::default();
-        pause = if began.elapsed() > LINK_SILENCE_MAX {
-            Duration::from_millis(50)
-        } else {
-            (pause * 2).min(Duration::from_secs(1))
-        };
-        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        dialer.pause(began.elapsed()).await;
     }
 }
 
-/// Follows one stream to its end; gives the leader's address if this is not it.
-async fn follow_control(shell: &Arc<Shell>, address: &str, hello: &Hello) -> Result<Option<String>, Status> {
-    let unavailable = |error: tonic::transport::Error| Status::unavailable(error.to_string());
-    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).map_err(unavailable)?;
-    let channel =
-        endpoint.connect_timeout(Duration::from_secs(1)).tcp_nodelay(true).connect().await.map_err(unavailable)?;
-    let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+/// Follows one stream to its end.
+async fn follow_control(shell: &Arc<Shell>, dialer: &mut ControlDialer, hello: &Hello) -> Result<(), Status> {
+    let (address, mut client) = dialer.connect().await?;
     let outbox = Outbox::new(4_096);
     shell.control.lock().opening = Some(outbox.clone());
     let reports = outbox.reader().flat_map(futures::stream::iter);
     if shell.inputs.send(Input::ControlUp(hello.clone())).await.is_err() {
-        return Ok(None);
+        return Ok(());
     }
-    let mut commands = client.join(Request::new(reports)).await?.into_inner();
+    let mut commands = client.join(dialer.request(reports)).await?.into_inner();
     while let Some(command) = commands.message().await? {
-        if let Some(command::Command::NotLeader(leader)) = &command.command {
-            return Ok(Some(leader.address.clone()).filter(|address| !address.is_empty()));
+        if let Some(command::Command::NotLeader(leader)) = command.command {
+            dialer.redirected(&address, leader.address);
+            return Ok(());
         }
         if shell.inputs.send(Input::Command(command)).await.is_err() {
             break;
         }
     }
-    Ok(None)
+    Ok(())
 }
 
 // ---- admin ----------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,14 @@
 #![allow(missing_docs)]
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{FutureExt, Stream, StreamExt};
-use im_business::config::{Listen, ServeConfig};
+use im_business::config::ServeConfig;
 use im_business::serve::serve;
-use im_business::store::{Store, server, sqlite::Sqlite};
+use im_business::store::{Store, memory::MemoryStore, server, sqlite::Sqlite};
 use im_proto::control::control_server::{Control, ControlServer};
 use im_proto::control::{self, Command, Report, command, report};
 use im_proto::ids::{MemberId, shard_of};
@@ -36,6 +35,8 @@ struct Played {
     members: BTreeMap<String, (control::Hello, mpsc::Sender<Result<Command, Status>>)>,
     owners: BTreeMap<u32, (String, u64)>,
     released: Vec<(u32, u64)>,
+    /// Who was told to end, and in what order with releases.
+    leaving: Vec<(String, usize)>,
 }
 
 #[tonic::async_trait]
@@ -62,6 +63,10 @@ impl Control for PlayedControl {
                     }
                     Some(report::Report::Released(released)) => {
                         played.released.extend(released.shards.iter().map(|shard| (shard.shard, shard.epoch)));
+                    }
+                    Some(report::Report::Heartbeat(beat)) if beat.leaving => {
+                        let released = played.released.len();
+                        played.leaving.push((name.clone(), released));
                     }
                     _ => {}
                 }
@@ -188,42 +193,67 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+fn config(name: &str, control: &str, store: &str) -> ServeConfig {
+    let loopback = serde_json::json!({ "address": "127.0.0.1:0" });
+    let config = serde_json::json!({
+        "name": name, "cluster": "default/chat", "control": [control], "link": loopback, "admin": loopback,
+        "store": store, "linkToken": "link", "storeToken": "store", "terminationGraceSeconds": 2,
+    });
+    serde_json::from_value(config).expect("a configuration")
+}
+
+/// A store member and a control service that is played, with their addresses.
+async fn surroundings(store: Arc<dyn Store>) -> (PlayedControl, String, String) {
+    let listen = || async { TcpListener::bind("127.0.0.1:0").await.expect("a free port") };
+    let address = |listener: &TcpListener| listener.local_addr().expect("bound").to_string();
+    let store_listener = listen().await;
+    let store_address = address(&store_listener);
+    tokio::spawn(server::serve(store_listener, store, Some("store".into())));
+    let control = PlayedControl::default();
+    let listener = listen().await;
+    let control_address = address(&listener);
+    let service = tonic::transport::Server::builder().add_service(ControlServer::new(control.clone()));
+    tokio::spawn(service.serve_with_incoming(TcpListenerStream::new(listener)));
+    (control, control_address, format!("grpc://{store_address}"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_is_told_to_end_waits_for_control_and_then_releases() {
+    let store = Arc::new(MemoryStore::default());
+    let (control, control_address, store_url) = surroundings(store.clone()).await;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let member = tokio::spawn(serve(config("business-0", &control_address, &store_url), stopped.map(|_| ())));
+    until("it said Hello", || control.0.lock().members.len() == 1).await;
+    assert_eq!(control.0.lock().members["business-0"].0.instance, std::process::id().to_string());
+    control.publish_map();
+    let everything = (0..SHARDS).map(|shard| control::ShardRow { shard, epoch: 0, owner: String::new() }).collect();
+    control.tell("business-0", command::Command::Acquire(control::Acquire { expected: everything }));
+    until("all shards have an owner", || control.0.lock().owners.len() == SHARDS as usize).await;
+
+    stop.send(()).expect("it runs");
+    until("it says so", || !control.0.lock().leaving.is_empty()).await;
+    assert_eq!(control.0.lock().leaving[0], ("business-0".to_owned(), 0), "before it gives anything up by itself");
+    // Control moves one away, and has nobody for the others.
+    control.tell("business-0", command::Command::Release(control::Release { shard: 3, epoch: 1, to: String::new() }));
+    let ended = tokio::time::timeout(PATIENCE, member).await.expect("in time").expect("no panic");
+    ended.expect("an orderly end");
+    let rows = store.shards().await.expect("memory answers");
+    assert_eq!(rows.len(), SHARDS as usize);
+    assert!(rows.iter().all(|row| row.epoch == 1 && row.owner.is_none()), "{rows:?}");
+    assert_eq!(control.0.lock().released.first(), Some(&(3, 1)), "what control asked for went first");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_store_order_move_and_take_over() {
     let folder = std::env::temp_dir().join(format!("im-member-{}", std::process::id()));
     std::fs::create_dir_all(&folder).expect("a folder");
-    let loopback: SocketAddr = ([127, 0, 0, 1], 0).into();
-    let listen = || async { TcpListener::bind(loopback).await.expect("a free port") };
-    let address = |listener: &TcpListener| listener.local_addr().expect("bound").to_string();
+    let store: Arc<dyn Store> = Arc::new(Sqlite::open(&folder.join("messages.sqlite")).expect("a fresh database"));
+    let (control, control_address, store_url) = surroundings(store).await;
 
-    let store: Arc<dyn Store> = Arc::new(Sqlite::open(&folder.join("messages.sqlite")).expect("a store"));
-    let store_listener = listen().await;
-    let store_address = address(&store_listener);
-    tokio::spawn(server::serve(store_listener, store, Some("store".into())));
-
-    let control = PlayedControl::default();
-    let control_listener = listen().await;
-    let control_address = address(&control_listener);
-    let service = tonic::transport::Server::builder().add_service(ControlServer::new(control.clone()));
-    tokio::spawn(service.serve_with_incoming(TcpListenerStream::new(control_listener)));
-
-    let mut stops = Vec::new();
+    let mut processes = Vec::new();
     for name in ["business-0", "business-1"] {
-        let (stop, stopped) = oneshot::channel::<()>();
-        let config = ServeConfig {
-            name: name.into(),
-            control: vec![control_address.clone()],
-            link: Listen { address: loopback },
-            admin: Listen { address: loopback },
-            store: format!("grpc://{store_address}"),
-            link_token: Some("link".into()),
-            store_token: Some("store".into()),
-            dedup_window_seconds: None,
-            payload_max: None,
-            fail_points: false,
-        };
-        tokio::spawn(serve(config, stopped.map(|_| ())));
-        stops.push(stop);
+        let config = config(name, &control_address, &store_url);
+        processes.push(tokio::spawn(serve(config, std::future::pending())));
     }
     until("both members said Hello", || control.0.lock().members.len() == 2).await;
     control.publish_map();
@@ -266,7 +296,7 @@ async fn members_store_order_move_and_take_over() {
     assert_eq!(control.0.lock().owners[&shard], ("business-1".to_owned(), epoch + 1));
 
     // The other member ends without a word: its shards are taken from it.
-    drop(stops.remove(0));
+    processes.remove(0).abort();
     let rows: Vec<control::ShardRow> = {
         let played = control.0.lock();
         let theirs = played.owners.iter().filter(|(_, (owner, _))| owner == "business-0");

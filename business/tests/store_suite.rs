@@ -152,6 +152,7 @@ async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
 
 /// Everything that holds for every store. Each case has shards of its own.
 async fn suite(a: &Party, b: &Party) {
+    a_batch_may_release(a, b, 31).await;
     what_is_appended_can_be_read(a, 1).await;
     who_loses_an_acquire_gets_the_row(a, b, 2).await;
     a_fenced_shard_does_not_hold_up_the_others(a, b, 3).await;
@@ -336,6 +337,23 @@ async fn a_release_ends_an_epoch(a: &Party, b: &Party, shard: u32) {
     let tail = b.take(&free).await;
     assert_eq!((tail.epoch, tail.head_pos), (2, 1));
     assert_eq!(b.store.release(&a.me, vec![(shard, 2)]).await.unwrap(), [Released::Lost(b.row(shard, 2))]);
+}
+
+/// The last batch may give the shard back: with it or not at all.
+async fn a_batch_may_release(a: &Party, b: &Party, shard: u32) {
+    a.take_new(shard).await;
+    let last = |key: &str, seq| ShardBatch {
+        release: true,
+        ..appends(shard, 1, vec![entry("g/release", seq, seq, key, b"last")])
+    };
+    assert_eq!(a.commit_one(last("one", 1)).await, Outcome::Committed);
+    let nobodys = ShardRow { shard, epoch: 1, owner: None };
+    assert_eq!(a.commit_one(last("two", 2)).await, Outcome::Fenced(nobodys.clone()));
+    let tail = b.take(&nobodys).await;
+    assert_eq!((tail.epoch, tail.head_pos), (2, 1));
+    let refused = ShardBatch { epoch: 2, release: true, ..last("one", 2) };
+    assert!(matches!(b.commit_one(refused).await, Outcome::Duplicates(_)));
+    assert_eq!(b.commit_one(ShardBatch { epoch: 2, release: false, ..last("two", 2) }).await, Outcome::Committed);
 }
 
 async fn the_watermark_only_grows(a: &Party, b: &Party, shard: u32) {

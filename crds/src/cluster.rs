@@ -3,6 +3,7 @@
 //! Every field has its default in the schema, so that `spec: {auth: {insecure: {}}}` is a whole cluster. The CEL rules
 //! sit beside the fields they are about; [`crate::ImCluster::validate`] says the same in Rust.
 
+use crate::kubernetes::{ClientService, Embedded, ImagePullPolicy, PodSettings, SecretKey};
 use crate::status::ImClusterStatus;
 use crate::units::{Empty, TimeSpan};
 use kube::CustomResource;
@@ -28,10 +29,22 @@ use serde::{Deserialize, Serialize};
         description = "Whether clients can connect and send"
     ),
     printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason",
+        description = "Why it is ready, or not"
+    ),
+    printcolumn(
         name = "Gateways",
         type_ = "integer",
         json_path = ".status.gateway.ready",
         description = "Gateways that take connections"
+    ),
+    printcolumn(
+        name = "Wanted",
+        type_ = "integer",
+        json_path = ".status.gateway.desired",
+        description = "Gateways that there should be"
     ),
     printcolumn(
         name = "Business",
@@ -40,16 +53,22 @@ use serde::{Deserialize, Serialize};
         description = "Business members that can own shards"
     ),
     printcolumn(
+        name = "Wanted",
+        type_ = "integer",
+        json_path = ".status.business.desired",
+        description = "Business members that there should be"
+    ),
+    printcolumn(
         name = "Moving",
         type_ = "integer",
         json_path = ".status.shards.moving",
         description = "Shards on their way to another owner"
     ),
     printcolumn(
-        name = "NoMessageLost",
+        name = "NoneLost",
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"NoMessageLost\")].status",
-        description = "What the store says about acknowledged messages"
+        description = "Whether every acknowledged message is still there, as the store says"
     ),
     printcolumn(
         name = "Lag",
@@ -58,7 +77,15 @@ use serde::{Deserialize, Serialize};
         description = "Age of the oldest message whose recipients were not all notified, in seconds",
         priority = 1
     ),
+    printcolumn(
+        name = "Unowned",
+        type_ = "integer",
+        json_path = ".status.shards.unowned",
+        description = "Shards without an owner",
+        priority = 1
+    ),
     printcolumn(name = "Mode", type_ = "string", json_path = ".spec.mode", priority = 1),
+    printcolumn(name = "Paused", type_ = "boolean", json_path = ".spec.paused", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -66,6 +93,14 @@ use serde::{Deserialize, Serialize};
     {
         "rule": "self.messages.maxPayload < self.gateway.limits.maxPacketSize",
         "message": "messages.maxPayload must be below gateway.limits.maxPacketSize: raise maxPacketSize, or the largest message never fits into a packet"
+    },
+    {
+        "rule": "!(has(self.serviceTokenFile) && has(self.serviceTokenSecret))",
+        "message": "set at most one of: serviceTokenFile, serviceTokenSecret"
+    },
+    {
+        "rule": "has(self.storage.embedded) == has(oldSelf.storage.embedded)",
+        "message": "storage can't change its kind, every stored message would stay behind: make a new ImCluster instead"
     }
 ]))]
 pub struct ImClusterSpec {
@@ -75,12 +110,26 @@ pub struct ImClusterSpec {
     /// Stops every change by the operator; messaging goes on and the status stays true.
     #[serde(default)]
     pub paused: bool,
+    /// Image with the programs `/im-gateway` and `/im-business`; left out: the operator's own. On Kubernetes only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    pub image: Option<String>,
+    /// When nodes fetch the image. On Kubernetes only.
+    #[serde(default)]
+    pub image_pull_policy: ImagePullPolicy,
+    /// Names of Secrets with which nodes fetch the image. On Kubernetes only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub image_pull_secrets: Vec<String>,
     /// Who may log in. Exactly one way.
     pub auth: Auth,
     /// File with the bearer token that servers use on the HTTP API. Without it there is no server access.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub service_token_file: Option<String>,
+    /// Secret with that token, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_token_secret: Option<SecretKey>,
     /// Where clients connect to.
     #[serde(default)]
     pub access: Access,
@@ -96,6 +145,9 @@ pub struct ImClusterSpec {
     /// What holds for every message.
     #[serde(default)]
     pub messages: Messages,
+    /// Where the autoscaler's metrics come from.
+    #[serde(default)]
+    pub metrics: Metrics,
 }
 
 /// Whether decisions are carried out or only shown.
@@ -148,8 +200,8 @@ pub enum Auth {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(extend("x-kubernetes-validations" = [{
-    "rule": "has(self.keysFile) != has(self.jwksFile)",
-    "message": "set exactly one of: jwksFile, keysFile"
+    "rule": "[has(self.jwksFile), has(self.jwksSecret), has(self.keysFile), has(self.keysSecret)].filter(present, present).size() == 1",
+    "message": "set exactly one of: jwksFile, jwksSecret, keysFile, keysSecret"
 }]))]
 pub struct JwtAuth {
     /// PEM file with public keys, or a file with one shared secret for HS256.
@@ -160,6 +212,12 @@ pub struct JwtAuth {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub jwks_file: Option<String>,
+    /// Secret with what `keysFile` would hold, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keys_secret: Option<SecretKey>,
+    /// Secret with what `jwksFile` would hold, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwks_secret: Option<SecretKey>,
     /// What `aud` must contain, if given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
@@ -193,9 +251,12 @@ pub struct Access {
     /// MQTT over WebSocket, path `/mqtt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub web_socket: Option<Listener>,
-    /// HTTP API, health and metrics.
+    /// HTTP API.
     #[serde(default = "default_http")]
     pub http: Listener,
+    /// The Service in front of the gateways. On Kubernetes only; there, of the addresses only the ports count.
+    #[serde(default)]
+    pub service: ClientService,
 }
 
 impl Default for Access {
@@ -205,6 +266,7 @@ impl Default for Access {
             tls: None,
             web_socket: None,
             http: default_http(),
+            service: ClientService::default(),
         }
     }
 }
@@ -231,6 +293,10 @@ pub struct Listener {
 /// One listening socket with TLS.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "has(self.certFile) == has(self.keyFile) && has(self.certFile) != has(self.secretName)",
+    "message": "set either certFile and keyFile, or secretName"
+}]))]
 pub struct TlsListener {
     /// `IP:PORT`, an IPv6 address in brackets.
     #[schemars(
@@ -242,11 +308,17 @@ pub struct TlsListener {
     )]
     pub address: String,
     /// PEM file with the certificate chain, the server's own first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
-    pub cert_file: String,
+    pub cert_file: Option<String>,
     /// PEM file with the private key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
-    pub key_file: String,
+    pub key_file: Option<String>,
+    /// Secret of type kubernetes.io/tls with both, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub secret_name: Option<String>,
 }
 
 /// Where messages are stored.
@@ -255,14 +327,14 @@ pub struct TlsListener {
 #[schemars(transform = exactly_one_of)]
 pub enum Storage {
     /// One store member with an embedded database file and a volume.
-    Embedded(Empty),
+    Embedded(Embedded),
     /// A server that speaks the PostgreSQL wire protocol.
     Postgres(Postgres),
 }
 
 impl Default for Storage {
     fn default() -> Self {
-        Self::Embedded(Empty {})
+        Self::Embedded(Embedded::default())
     }
 }
 
@@ -270,11 +342,11 @@ impl Default for Storage {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(extend("x-kubernetes-validations" = [{
-    "rule": "has(self.url) != has(self.urlFile)",
-    "message": "set exactly one of: url, urlFile"
+    "rule": "[has(self.url), has(self.urlFile), has(self.urlSecret)].filter(present, present).size() == 1",
+    "message": "set exactly one of: url, urlFile, urlSecret"
 }]))]
 pub struct Postgres {
-    /// Connection URL, `postgres://user@host/database`. Keep passwords out of it: use `urlFile`.
+    /// Connection URL, `postgres://user@host/database`. Keep passwords out of it: use `urlFile` or `urlSecret`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub url: Option<String>,
@@ -282,32 +354,51 @@ pub struct Postgres {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub url_file: Option<String>,
+    /// Secret that holds the connection URL, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url_secret: Option<SecretKey>,
 }
 
 /// The tier that holds client connections.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "!(has(self.replicas) && has(self.autoscaling))",
     "message": "replicas and autoscaling exclude each other: remove one of them"
 }]))]
 pub struct Gateway {
     /// A fixed number of gateways; without it and without `autoscaling`: 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub replicas: Option<u32>,
     /// Bounds and rules by which the number of gateways follows the load.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
     /// What one gateway and one connection may use.
-    #[serde(default)]
     pub limits: Limits,
     /// How connections leave a gateway that goes.
-    #[serde(default)]
     pub drain: Drain,
+    /// How many members more than wanted there may be while outdated ones are replaced.
+    #[schemars(range(min = 1, max = 1000))]
+    pub surge: u32,
+    /// Its pods. On Kubernetes only.
+    pub pod: PodSettings,
     /// How live rooms are served.
-    #[serde(default)]
     pub rooms: Rooms,
+}
+
+impl Default for Gateway {
+    fn default() -> Self {
+        Self {
+            replicas: None,
+            autoscaling: None,
+            limits: Limits::default(),
+            drain: Drain::default(),
+            surge: 1,
+            pod: PodSettings::default(),
+            rooms: Rooms::default(),
+        }
+    }
 }
 
 /// What one gateway and one connection may use. Announced in CONNACK where MQTT has a word for it.
@@ -404,7 +495,7 @@ impl Default for Drain {
         "message": "replicas and autoscaling exclude each other: remove one of them"
     },
     {
-        "rule": "!has(self.autoscaling) || self.autoscaling.metrics.all(metric, metric.builtIn.name != 'Connections')",
+        "rule": "!has(self.autoscaling) || self.autoscaling.metrics.all(metric, !has(metric.builtIn) || metric.builtIn.name != 'Connections')",
         "message": "business members hold no client connections: use MessagesPerSecond or CpuUtilization"
     }
 ]))]
@@ -427,11 +518,23 @@ pub struct Business {
     pub autoscaling: Option<Autoscaling>,
     /// How shards follow the load.
     pub rebalance: Rebalance,
+    /// How many members more than wanted there may be while outdated ones are replaced.
+    #[schemars(range(min = 1, max = 1000))]
+    pub surge: u32,
+    /// Its pods. On Kubernetes only.
+    pub pod: PodSettings,
 }
 
 impl Default for Business {
     fn default() -> Self {
-        Self { shards: 1_024, replicas: None, autoscaling: None, rebalance: Rebalance::default() }
+        Self {
+            shards: 1_024,
+            replicas: None,
+            autoscaling: None,
+            rebalance: Rebalance::default(),
+            surge: 1,
+            pod: PodSettings::default(),
+        }
     }
 }
 
@@ -535,28 +638,75 @@ fn default_metrics() -> Vec<Metric> {
     vec![BuiltInMetric { name: BuiltIn::CpuUtilization, target }.into()]
 }
 
-/// One thing that the autoscaler looks at: HPA's discriminated union, so that other types can be added.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Metric {
-    /// Which of the fields beside it is set.
-    #[serde(rename = "type")]
-    pub kind: MetricType,
+/// One thing that the autoscaler looks at: HPA's discriminated union, written as `type` and the field that it names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "WrittenMetric", into = "WrittenMetric")]
+pub enum Metric {
     /// A metric that every member of the tier exports.
-    pub built_in: BuiltInMetric,
+    BuiltIn(BuiltInMetric),
+    /// What a query of one's own says.
+    Prometheus(PrometheusMetric),
 }
 
 impl From<BuiltInMetric> for Metric {
     fn from(built_in: BuiltInMetric) -> Self {
-        Self { kind: MetricType::BuiltIn, built_in }
+        Self::BuiltIn(built_in)
     }
 }
 
-/// The kinds of [`Metric`].
+/// What `type` of a [`Metric`] can say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum MetricType {
     /// A metric that every member of the tier exports.
     BuiltIn,
+    /// What a query of one's own says.
+    Prometheus,
+}
+
+/// A [`Metric`] as it is written.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "has(self.builtIn) == (self.type == 'BuiltIn') && has(self.prometheus) == (self.type == 'Prometheus')",
+    "message": "set just the field that type names: builtIn for type BuiltIn, prometheus for type Prometheus"
+}]))]
+struct WrittenMetric {
+    /// Which of the fields beside it is set.
+    #[serde(rename = "type")]
+    kind: MetricType,
+    /// A metric that every member of the tier exports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    built_in: Option<BuiltInMetric>,
+    /// What a query of one's own says; it needs a Prometheus, see `spec.metrics`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    prometheus: Option<PrometheusMetric>,
+}
+
+impl TryFrom<WrittenMetric> for Metric {
+    type Error = &'static str;
+
+    fn try_from(written: WrittenMetric) -> Result<Self, Self::Error> {
+        match written {
+            WrittenMetric { kind: MetricType::BuiltIn, built_in: Some(built_in), prometheus: None } => {
+                Ok(Self::BuiltIn(built_in))
+            }
+            WrittenMetric { kind: MetricType::Prometheus, built_in: None, prometheus: Some(prometheus) } => {
+                Ok(Self::Prometheus(prometheus))
+            }
+            _ => Err("set just the field that type names: builtIn for type BuiltIn, prometheus for type Prometheus"),
+        }
+    }
+}
+
+impl From<Metric> for WrittenMetric {
+    fn from(metric: Metric) -> Self {
+        match metric {
+            Metric::BuiltIn(built_in) => Self { kind: MetricType::BuiltIn, built_in: Some(built_in), prometheus: None },
+            Metric::Prometheus(prometheus) => {
+                Self { kind: MetricType::Prometheus, built_in: None, prometheus: Some(prometheus) }
+            }
+        }
+    }
 }
 
 /// A metric that every member of the tier exports, with its target.
@@ -603,6 +753,81 @@ pub enum TargetType {
     AverageValue,
     /// The percentage of what a member may use.
     Utilization,
+}
+
+/// What a query of one's own says, with its target.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "!self.perPod || self.target.type == 'AverageValue'",
+    "message": "perPod takes a target of type AverageValue: Value is for one number of the whole tier"
+}]))]
+pub struct PrometheusMetric {
+    /// PromQL. Without `perPod` all series of the result are added up. Keep its ranges short: an average over five
+    /// minutes is five minutes late.
+    #[schemars(length(min = 1, max = 4096))]
+    pub query: String,
+    /// Where it should be.
+    pub target: QueryTarget,
+    /// The result has one series for each member, labelled `pod` with the member's name.
+    #[serde(default)]
+    pub per_pod: bool,
+}
+
+/// Where the result of a query should be.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct QueryTarget {
+    /// What `value` means.
+    #[serde(rename = "type")]
+    pub kind: QueryTargetType,
+    /// In the unit of the query.
+    #[schemars(range(min = 0.001, max = 1e15))]
+    pub value: f64,
+}
+
+/// What a query's target means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum QueryTargetType {
+    /// What the result itself should be, however many members there are: twice of it asks for twice the members. For what
+    /// falls as members are added, such as a delay.
+    Value,
+    /// What each member's share should be: of the result without `perPod`, on average with it.
+    AverageValue,
+}
+
+/// Where the autoscaler's metrics come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Metrics {
+    /// The Prometheus to ask. Left out: the one that the operator was started with, if any; else the members themselves
+    /// are asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prometheus: Option<Prometheus>,
+}
+
+/// How to reach Prometheus, or what speaks its HTTP API.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Prometheus {
+    /// Base URL, for example `http://prometheus.monitoring:9090`; `/api/v1/…` is added. Members have to be scraped at
+    /// least each 15 s, with the labels `namespace` and `pod`, as a PodMonitor does.
+    #[schemars(
+        length(max = 2048),
+        extend("x-kubernetes-validations" = [{
+            "rule": "self.matches('^https?://[^/ ?#]+(/[^ ?#]*)?$')",
+            "message": "write http://HOST[:PORT][/PATH] or https://…, for example http://prometheus.monitoring:9090"
+        }])
+    )]
+    pub url: String,
+    /// File with the bearer token that it wants.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub token_file: Option<String>,
+    /// PEM file with the certificates of the authorities that its own certificate may be from. Left out: the system's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub ca_file: Option<String>,
 }
 
 /// How fast a tier grows and shrinks.

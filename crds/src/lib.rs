@@ -9,6 +9,7 @@
 #![allow(clippy::duplicated_attributes, reason = "every printer column has a type_")]
 
 mod cluster;
+mod kubernetes;
 mod parse;
 mod shard_map;
 mod status;
@@ -16,12 +17,16 @@ mod units;
 mod validate;
 
 pub use cluster::*;
+pub use kubernetes::*;
 pub use parse::{ParseError, Violation};
 pub use shard_map::{MapError, MapShard, ShardMap, ShardMapSpec};
 pub use status::*;
 pub use units::{Empty, TimeSpan, TimeSpanError};
+pub use validate::Place;
 
 /// API group of every type here.
 pub const GROUP: &str = "imcluster.dev";
 /// API version of every type here.
 pub const VERSION: &str = "v1alpha1";
+/// Annotation of an ImCluster with the hash of the proposal that is to be carried out.
+pub const APPROVE_ANNOTATION: &str = "imcluster.dev/approve";

@@ -3,7 +3,7 @@
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 
 /// Who owns which shard, in a form that 16,384 shards fit into an API object with.
@@ -13,12 +13,24 @@ use std::fmt::Write;
     version = "v1alpha1",
     kind = "ShardMap",
     plural = "shardmaps",
+    shortname = "smap",
     namespaced,
     derive = "PartialEq",
     doc = "Who owns which shard of an ImCluster. Written by the operator; editing it by hand has no effect on fencing.",
-    printcolumn(name = "Term", type_ = "integer", json_path = ".spec.term"),
-    printcolumn(name = "Number", type_ = "integer", json_path = ".spec.number"),
     printcolumn(name = "Shards", type_ = "integer", json_path = ".spec.shards"),
+    printcolumn(
+        name = "Owners",
+        type_ = "string",
+        json_path = ".spec.owners",
+        description = "How many shards each member owns"
+    ),
+    printcolumn(
+        name = "Term",
+        type_ = "integer",
+        json_path = ".spec.term",
+        description = "Rises with each leader of the operator"
+    ),
+    printcolumn(name = "Number", type_ = "integer", json_path = ".spec.number", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
@@ -29,11 +41,39 @@ pub struct ShardMapSpec {
     pub number: u64,
     /// How many shards there are.
     pub shards: u32,
+    /// For people: how many shards each member owns.
+    #[serde(default)]
+    pub owners: String,
     /// The owners that `assignments` points into.
     pub members: Vec<String>,
     /// For shard 0, 1, 2 …, separated by blanks: `OWNER.EPOCH`, OWNER an index into `members` or `-` for none; a run of
     /// N equal ones is written `OWNER.EPOCHxN`.
     pub assignments: String,
+    /// Where the business members listened when this was written, `HOST:PORT` by member.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub links: BTreeMap<String, String>,
+}
+
+/// Members that [`ShardMapSpec::owners`] names.
+const OWNERS_NAMED_MAX: usize = 8;
+
+/// How many shards each member owns, in words: most first, `MEMBER=COUNT`, and how many more members there are.
+fn owners(shards: &[MapShard<'_>]) -> String {
+    let mut counts: BTreeMap<&str, u32> = BTreeMap::new();
+    for shard in shards {
+        // A member's name, without the boot that tells its processes apart.
+        let name = shard.owner.map_or("none", |owner| owner.split_once('/').map_or(owner, |(name, _)| name));
+        *counts.entry(name).or_default() += 1;
+    }
+    let mut counts: Vec<(&str, u32)> = counts.into_iter().collect();
+    counts.sort_by_key(|(name, count)| (std::cmp::Reverse(*count), *name));
+    let more = counts.len().saturating_sub(OWNERS_NAMED_MAX);
+    let named = counts.iter().take(OWNERS_NAMED_MAX).map(|(name, count)| format!("{name}={count}"));
+    let mut words: Vec<String> = named.collect();
+    if more > 0 {
+        words.push(format!("and {more} more"));
+    }
+    words.join(" ")
 }
 
 /// One shard of a map: the epoch under which it was last acquired, and who holds it.
@@ -92,7 +132,15 @@ impl ShardMapSpec {
                 let _ = write!(assignments, "x{}", run.len());
             }
         }
-        Self { term, number, shards: shards.len() as u32, members, assignments }
+        Self {
+            term,
+            number,
+            shards: shards.len() as u32,
+            owners: owners(shards),
+            members,
+            assignments,
+            links: BTreeMap::new(),
+        }
     }
 
     /// Unpacks the map; element i of the result is shard i.
@@ -142,6 +190,7 @@ mod tests {
         ];
         let spec = ShardMapSpec::encode(2, 9, &shards);
         assert_eq!(spec.assignments, "0.3x2 -.0 1.7 0.3");
+        assert_eq!(spec.owners, "business-0=3 business-1=1 none=1");
         assert_eq!(spec.decode().expect("own encoding"), shards);
     }
 
@@ -163,8 +212,10 @@ mod tests {
             term: 1,
             number: 1,
             shards,
+            owners: String::new(),
             members: vec!["a/1".into()],
             assignments: assignments.into(),
+            links: BTreeMap::new(),
         };
         for (shards, text) in
             [(1, "1.1"), (1, "x"), (1, "0.x"), (2, "0.1"), (1, "0.1x2"), (1, "0.1x4294967295"), (1, "")]

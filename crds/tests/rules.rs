@@ -1,7 +1,7 @@
 //! What is refused, where and with which words: by `parse_yaml` and `validate`, and by the generated CRD's own CEL
 //! rules, evaluated here as the API server would.
 
-use im_crds::{ImCluster, ParseError, Violation};
+use im_crds::{ImCluster, ParseError, Place, Violation};
 use kube::CustomResourceExt;
 use serde_json::Value;
 
@@ -88,9 +88,13 @@ fn unreadable_fields_are_named() {
 fn rust_and_cel_refuse_the_same_in_the_same_words() {
     let auto = |tier: &str, lines: &str| with(&format!("{tier}: {{autoscaling: {{{lines}}}}}"));
     let cases = [
-        (with_auth("{jwt: {}}"), "spec.auth.jwt", "set exactly one of: jwksFile, keysFile"),
-        (with_auth("{jwt: {keysFile: a, jwksFile: b}}"), "spec.auth.jwt", "set exactly one of: jwksFile, keysFile"),
-        (with("storage: {postgres: {}}"), "spec.storage.postgres", "set exactly one of: url, urlFile"),
+        (with_auth("{jwt: {}}"), "spec.auth.jwt", "set exactly one of: jwksFile, jwksSecret, keysFile, keysSecret"),
+        (
+            with_auth("{jwt: {keysFile: a, jwksFile: b}}"),
+            "spec.auth.jwt",
+            "set exactly one of: jwksFile, jwksSecret, keysFile, keysSecret",
+        ),
+        (with("storage: {postgres: {}}"), "spec.storage.postgres", "set exactly one of: url, urlFile, urlSecret"),
         (with("access: {}"), "spec.access", "no client could connect"),
         (with("access: {mqtt: {address: ''}}"), "spec.access.mqtt.address", "write IP:PORT"),
         (with("access: {mqtt: {address: 'localhost:1883'}}"), "spec.access.mqtt.address", "write IP:PORT"),
@@ -123,7 +127,55 @@ fn rust_and_cel_refuse_the_same_in_the_same_words() {
             "spec.gateway.autoscaling.metrics[0].builtIn",
             "CpuUtilization takes a target of type Utilization",
         ),
+        (
+            auto("gateway", "maxReplicas: 2, metrics: [{type: Prometheus}]"),
+            "spec.gateway.autoscaling.metrics[0]",
+            "set just the field that type names",
+        ),
+        (
+            auto(
+                "business",
+                "maxReplicas: 2, metrics: [{type: BuiltIn, prometheus: {query: up, target: {type: Value, value: 1}}}]",
+            ),
+            "spec.business.autoscaling.metrics[0]",
+            "set just the field that type names",
+        ),
+        (
+            auto(
+                "gateway",
+                "maxReplicas: 2, metrics: [{type: Prometheus, prometheus: {query: up, perPod: true, target: {type: Value, value: 1}}}]",
+            ),
+            "spec.gateway.autoscaling.metrics[0].prometheus",
+            "perPod takes a target of type AverageValue",
+        ),
+        (with("metrics: {prometheus: {url: 'prometheus:9090'}}"), "spec.metrics.prometheus.url", "write http://HOST"),
+        (with("metrics: {prometheus: {url: 'http://p/?q=1'}}"), "spec.metrics.prometheus.url", "write http://HOST"),
         (with("messages: {maxPayload: 300000}"), "spec", "messages.maxPayload must be below"),
+        (
+            with("access: {mqtt: {address: '1.2.3.4:1'}, service: {vips: 2}}"),
+            "spec.access.service",
+            "needs load balancers",
+        ),
+        (
+            with("access: {mqtt: {address: '1.2.3.4:1'}, service: {type: NodePort, loadBalancerClass: x}}"),
+            "spec.access.service",
+            "needs type LoadBalancer",
+        ),
+        (
+            with("access: {tls: {address: '1.2.3.4:1', certFile: a}}"),
+            "spec.access.tls",
+            "set either certFile and keyFile, or secretName",
+        ),
+        (
+            with("access: {tls: {address: '1.2.3.4:1', certFile: a, keyFile: b, secretName: c}}"),
+            "spec.access.tls",
+            "set either certFile and keyFile, or secretName",
+        ),
+        (
+            with("serviceTokenFile: a\nserviceTokenSecret: {name: a, key: b}"),
+            "spec",
+            "set at most one of: serviceTokenFile, serviceTokenSecret",
+        ),
     ];
     for (yaml, path, words) in cases {
         let refused = refused(&yaml);
@@ -134,6 +186,23 @@ fn rust_and_cel_refuse_the_same_in_the_same_words() {
     }
     let two_ways = with_auth("{insecure: {}, jwt: {keysFile: a}}");
     assert_eq!(refused_by_cel(&two_ways, None), ["set exactly one of: insecure, jwt"]);
+}
+
+#[test]
+fn own_queries_are_read_and_written() {
+    let lines = "maxReplicas: 9, metrics: [
+        {type: Prometheus, prometheus: {query: 'sum(rate(im_acked_total[30s]))', target: {type: AverageValue, value: 250}}},
+        {type: Prometheus, prometheus: {query: 'max(ack_seconds)', target: {type: Value, value: 0.2}}},
+        {type: BuiltIn, builtIn: {name: CpuUtilization, target: {type: Utilization, value: 70}}}]";
+    let yaml = with(&format!(
+        "metrics: {{prometheus: {{url: 'https://metrics:9090/tenant', tokenFile: /token, caFile: /ca.pem}}}}\n\
+         business: {{autoscaling: {{{}}}}}",
+        lines.replace('\n', " ")
+    ));
+    let cluster = ImCluster::parse_yaml(&yaml).expect("own queries");
+    assert_eq!(refused_by_cel(&yaml, None), Vec::<String>::new());
+    let again = cluster.to_yaml().expect("serializes");
+    assert_eq!(ImCluster::parse_yaml(&again).expect("own output"), cluster);
 }
 
 #[test]
@@ -150,6 +219,8 @@ fn bounds_are_those_of_the_schema() {
         ("gateway: {limits: {maxPacketSize: 16777217}}", "spec.gateway.limits.maxPacketSize"),
         ("gateway: {limits: {sendBufferBytes: 1}}", "spec.gateway.limits.sendBufferBytes"),
         ("gateway: {drain: {rate: 0}}", "spec.gateway.drain.rate"),
+        ("gateway: {surge: 0}", "spec.gateway.surge"),
+        ("business: {surge: 1001}", "spec.business.surge"),
         ("messages: {catchUp: 0}", "spec.messages.catchUp"),
     ] {
         let refused = refused(&with(yaml));
@@ -178,6 +249,80 @@ fn shards_never_change() {
     assert_eq!(refused_by_cel(&yaml, Some(MINIMAL)), [expected.reason.as_str()]);
     assert_eq!(new.validate_update(&old), [expected]);
     assert_eq!(old.validate_update(&old), []);
+}
+
+#[test]
+fn the_kind_of_storage_never_changes() {
+    let old = ImCluster::parse_yaml(MINIMAL).expect("minimal");
+    let yaml = with("storage: {postgres: {url: 'postgres://u@h/d'}}");
+    let new = ImCluster::parse_yaml(&yaml).expect("postgres");
+    let words = "storage can't change its kind, every stored message would stay behind: make a new ImCluster instead";
+    assert_eq!(refused_by_cel(&yaml, Some(MINIMAL)), [words]);
+    assert_eq!(new.validate_update(&old), [Violation { path: "spec".into(), reason: words.into() }]);
+}
+
+#[test]
+fn each_place_refuses_what_it_can_not_have() {
+    let at = |yaml: &str, place: Place| -> Vec<String> {
+        let cluster = ImCluster::parse_yaml(yaml).unwrap_or_else(|error| panic!("{yaml}: {error}"));
+        cluster.validate_at(place).iter().map(Violation::to_string).collect()
+    };
+    let files = format!(
+        "{}\n  serviceTokenFile: t\n  access: {{tls: {{address: '1.2.3.4:1', certFile: c, keyFile: k}}}}\n  storage: {{postgres: {{urlFile: u}}}}",
+        with_auth("{jwt: {jwksFile: j}}").trim_end()
+    );
+    assert_eq!(at(&files, Place::Machine), [""; 0]);
+    assert_eq!(
+        at(&files, Place::Kubernetes),
+        [
+            "spec.serviceTokenFile: a pod does not have this file: put it into a Secret and use serviceTokenSecret",
+            "spec.auth.jwt.jwksFile: a pod does not have this file: put it into a Secret and use jwksSecret",
+            "spec.access.tls.certFile: a pod does not have this file: put it into a Secret and use secretName",
+            "spec.storage.postgres.urlFile: a pod does not have this file: put it into a Secret and use urlSecret",
+        ]
+    );
+    let secrets = files
+        .replace("jwksFile: j", "jwksSecret: {name: j, key: k}")
+        .replace("certFile: c, keyFile: k", "secretName: c")
+        .replace("urlFile: u", "urlSecret: {name: u, key: k}")
+        .replace("serviceTokenFile: t", "serviceTokenSecret: {name: t, key: k}");
+    assert_eq!(at(&secrets, Place::Kubernetes), [""; 0]);
+    assert_eq!(
+        at(&secrets, Place::Machine),
+        [
+            "spec.serviceTokenSecret: there are no Secrets without Kubernetes: use serviceTokenFile",
+            "spec.auth.jwt.jwksSecret: there are no Secrets without Kubernetes: use jwksFile",
+            "spec.access.tls.secretName: there are no Secrets without Kubernetes: use certFile and keyFile",
+            "spec.storage.postgres.urlSecret: there are no Secrets without Kubernetes: use urlFile",
+        ]
+    );
+    for name in ["a-name-that-is-far-too-long-for-pods", "chat.room", "1chat", "chat-"] {
+        let told = at(&MINIMAL.replace("{name: chat}", &format!("{{name: {name}}}")), Place::Kubernetes);
+        assert!(told.len() == 1 && told[0].starts_with("metadata.name: use at most 28"), "{name}: {told:?}");
+    }
+    let ports = with("access: {mqtt: {address: '0.0.0.0:9090'}, http: {address: '1.2.3.4:9090'}}");
+    assert_eq!(at(&ports, Place::Machine), [""; 0]);
+    assert_eq!(
+        at(&ports, Place::Kubernetes),
+        [
+            "spec.access.mqtt.address: port 9090 is that of the metrics: use another one",
+            "spec.access.http.address: port 9090 is that of the metrics: use another one",
+        ]
+    );
+}
+
+#[test]
+fn pods_are_checked() {
+    for (pod, path, words) in [
+        ("{resources: {requests: {cpu: many}}}", "spec.gateway.pod.resources.requests.cpu", "not an amount"),
+        ("{affinity: {nodeAffinity: 7}}", "spec.gateway.pod.affinity", "not a pod's affinity"),
+        ("{labels: {imcluster.dev/serving: no}}", "spec.gateway.pod.labels", "the operator's own"),
+        ("{color: red}", "spec.gateway.pod.color", "unknown field"),
+    ] {
+        let refused = refused(&with(&format!("gateway: {{pod: {pod}}}")));
+        assert_eq!(refused.len(), 1, "{pod}\n{refused:?}");
+        assert!(refused[0].0 == path && refused[0].1.contains(words), "{pod}\n{refused:?}");
+    }
 }
 
 #[test]

@@ -89,6 +89,8 @@ fn a_seed_replays() {
 /// Something that happens at a time.
 enum What {
     BusinessTick(usize, u64),
+    /// The next commit may start.
+    BusinessCommit(usize, u64),
     GatewayTick(usize, u64),
     ControlTick,
     Plan,
@@ -431,6 +433,17 @@ impl World {
                 self.after(250 * MS, What::GatewayTick(i, boot));
                 self.gateway_tick(i);
             }
+            What::BusinessCommit(i, boot) => {
+                let now = self.time();
+                let member = &mut self.business[i];
+                if member.boot == boot
+                    && !member.paused
+                    && let Some(core) = &mut member.core
+                {
+                    core.commit(now);
+                    self.carry_out(i);
+                }
+            }
             What::BusinessTick(..) | What::GatewayTick(..) => {}
             What::ControlTick => {
                 if self.coordinator.is_some() {
@@ -619,8 +632,17 @@ impl World {
         }
         let Some(core) = &mut member.core else { return };
         core.handle(now, input);
-        let outputs = core.take_outputs();
-        let boot = member.boot;
+        self.carry_out(i);
+    }
+
+    /// Does what a member wants done, and calls it again for the commit that waits for its time.
+    fn carry_out(&mut self, i: usize) {
+        let member = &mut self.business[i];
+        let Some(core) = &mut member.core else { return };
+        let (outputs, boot) = (core.take_outputs(), member.boot);
+        if let Some(at) = core.commit_at() {
+            self.at(at.as_micros() as u64, What::BusinessCommit(i, boot));
+        }
         for output in outputs {
             match output {
                 Output::Frame { link, frame } => self.send_to_client(link.0, frame),

@@ -33,18 +33,42 @@ pub enum ConfigError {
     Invalid(String),
 }
 
+/// What tells one gateway from another with the same configuration. What is given overrides the configuration.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Identity {
+    /// The member's name.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// What tells this process from another one of its name [default: the process id]
+    #[arg(long)]
+    pub instance: Option<String>,
+    /// The host at which other processes reach this one [default: the address listened on]
+    #[arg(long)]
+    pub advertise: Option<String>,
+}
+
 /// One gateway.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Config {
-    /// The member's name; a restart keeps it.
+    /// The member's name; `--name` overrides it.
+    #[serde(default)]
     pub name: String,
-    /// Where the control service listens, host:port.
+    /// From the command line.
+    #[serde(skip)]
+    pub identity: Identity,
+    /// The cluster that it belongs to, NAMESPACE/NAME.
+    #[serde(default)]
+    pub cluster: Option<String>,
+    /// Where the control service listens, host:port; tried in turn.
     #[serde(default)]
     pub control: Vec<String>,
     /// Authenticates this tier to the others.
     #[serde(default)]
     pub link_token: Option<String>,
+    /// The file that holds it instead.
+    #[serde(default)]
+    pub link_token_file: Option<PathBuf>,
     /// MQTT over TCP.
     #[serde(default)]
     pub mqtt: Option<Listen>,
@@ -214,19 +238,51 @@ impl Config {
     ///
     /// # Errors
     /// What is wrong with it, and where.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+    pub fn read(path: &Path, identity: Identity) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
-        let config: Self =
+        let mut config: Self =
             serde_json::from_str(&text).map_err(|error| ConfigError::Parse { path: path.to_owned(), error })?;
+        if let Some(name) = &identity.name {
+            config.name.clone_from(name);
+        }
+        config.identity = identity;
         config.check()?;
         Ok(config)
+    }
+
+    /// The token, wherever it is.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`].
+    pub fn read_link_token(&self) -> Result<Option<String>, ConfigError> {
+        let Some(path) = &self.link_token_file else { return Ok(self.link_token.clone()) };
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.clone(), error })?;
+        Ok(Some(text.trim().to_owned()))
+    }
+
+    /// What tells this process from another one of its name.
+    pub fn instance(&self) -> String {
+        self.identity.instance.clone().unwrap_or_else(|| std::process::id().to_string())
+    }
+
+    /// Where others reach what listens here, host:port.
+    pub fn advertised(&self, listening: SocketAddr) -> String {
+        match &self.identity.advertise {
+            // An IPv6 address needs its brackets.
+            Some(host) if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{}", listening.port()),
+            Some(host) => format!("{host}:{}", listening.port()),
+            None => listening.to_string(),
+        }
     }
 
     fn check(&self) -> Result<(), ConfigError> {
         let invalid = |text: &str| Err(ConfigError::Invalid(text.to_owned()));
         let limits = &self.limits;
         if !im_proto::ids::is_name(&self.name) {
-            return invalid("name: use 1 to 64 of A-Z a-z 0-9 . _ @ -");
+            return invalid("name, or --name: use 1 to 64 of A-Z a-z 0-9 . _ @ -");
+        }
+        if self.link_token.is_some() && self.link_token_file.is_some() {
+            return invalid("give one of linkToken and linkTokenFile");
         }
         if let AuthConfig::Jwt { keys_file, jwks_file, .. } = &self.auth
             && keys_file.is_some() == jwks_file.is_some()
@@ -297,6 +353,15 @@ mod tests {
         let typo = small.replace("\"auth\"", "\"limit\":{},\"auth\"");
         let error = serde_json::from_str::<Config>(&typo).expect_err("an unknown field").to_string();
         assert!(error.contains("limit"), "{error}");
+        let both = Config { link_token: Some("x".into()), link_token_file: Some("y".into()), ..config.clone() };
+        assert!(both.check().is_err());
+        let listening = "0.0.0.0:9090".parse().expect("an address");
+        for (advertise, expected) in
+            [(None, "0.0.0.0:9090"), (Some("10.0.0.7"), "10.0.0.7:9090"), (Some("fd00::7"), "[fd00::7]:9090")]
+        {
+            let identity = Identity { advertise: advertise.map(str::to_owned), ..Identity::default() };
+            assert_eq!(Config { identity, ..config.clone() }.advertised(listening), expected);
+        }
         let both = r#"{"jwt":{"keysFile":"a","jwksFile":"b"}}"#;
         let config = Config { auth: serde_json::from_str(both).expect("parses"), ..config };
         assert!(config.check().is_err());

@@ -105,10 +105,11 @@ fn health() -> Router<Arc<Api>> {
 }
 
 async fn ready(State(api): Shared) -> Response {
+    // A gateway that still holds connections is needed, draining or not.
     let why = if api.hub().shards() == 0 {
         "no shard map yet\n"
-    } else if !api.gateway.is_serving() {
-        "draining\n"
+    } else if !api.gateway.is_serving() && api.hub().connections() == 0 {
+        "drained\n"
     } else {
         return "ready\n".into_response();
     };

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use im_gateway::config::Config;
+use im_gateway::config::{Config, Identity};
 use im_gateway::run;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -20,6 +20,8 @@ struct Arguments {
     /// The configuration, JSON.
     #[arg(long)]
     config: PathBuf,
+    #[command(flatten)]
+    identity: Identity,
 }
 
 fn main() -> ExitCode {
@@ -38,7 +40,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
-    let config = Config::read(&arguments.config)?;
+    let config = Config::read(&arguments.config, arguments.identity.clone())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(config.threads).enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;

@@ -3,39 +3,62 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use im_proto::control::control_client::ControlClient;
 use im_proto::control::{Command, Heartbeat, Hello, Report, Role, command, report};
+use im_proto::dial::ControlDialer;
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::Endpoint;
 
 use crate::connection;
 use crate::listen::Gateway;
 use crate::mqtt::Reason;
 
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
-const CONNECT_MAX: Duration = Duration::from_secs(1);
+/// From a stream's beginning to its first answer.
+const ANSWER_MAX: Duration = Duration::from_secs(3);
+/// Connections that an ending gateway sheds per second at least, once it does so by itself.
+const LAST_RATE_MIN: f64 = 20.0;
 /// How often a drain sheds what its rate allows.
 const SHED_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What a gateway says of itself to the control service.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Tells this process from another one of its name.
+    pub instance: String,
+    /// Where its health and metrics are, host:port.
+    pub admin_address: String,
+}
 
 /// A gateway's membership.
 pub struct Member {
     gateway: Arc<Gateway>,
-    /// This process's own HTTP address.
-    admin_address: String,
-    token: Option<MetadataValue<Ascii>>,
+    identity: Identity,
     state: Mutex<MemberState>,
+    /// There is something to report before the next heartbeat is due.
+    news: Notify,
 }
 
 #[derive(Debug, Default)]
 struct MemberState {
     /// The highest term heard: commands of lower ones are ignored.
     term: u64,
-    /// Connections shed per second while draining.
+    /// A control stream is open.
+    joined: bool,
+    /// What control wants to be shed per second while no more is accepted; `None` = it wants it to serve.
     drain_per_second: Option<f64>,
+    /// What it wants to be shed per second while it serves.
+    shed_per_second: Option<f64>,
+    /// This process was told to end.
+    ending: Option<Ending>,
+}
+
+/// From SIGTERM on.
+#[derive(Debug, Clone, Copy)]
+struct Ending {
+    since: Instant,
+    grace: Duration,
 }
 
 /// How a control stream ended.
@@ -46,25 +69,40 @@ enum Ended {
 }
 
 impl Member {
-    /// A member that reports `admin_address` as its own.
-    pub fn new(gateway: Arc<Gateway>, admin_address: String, token: Option<&str>) -> Arc<Self> {
-        let token = token.and_then(|token| MetadataValue::try_from(format!("Bearer {token}")).ok());
-        Arc::new(Self { gateway, admin_address, token, state: Mutex::default() })
+    /// A member that nobody knows yet.
+    pub fn new(gateway: Arc<Gateway>, identity: Identity) -> Arc<Self> {
+        Arc::new(Self { gateway, identity, state: Mutex::default(), news: Notify::new() })
     }
 
-    /// Starts to shed connections at this rate and to accept no new ones.
+    /// Accepts no new connections and sheds the ones there are at this rate; 0 = sheds none.
     pub fn drain(&self, per_second: f64) {
-        let per_second = if per_second.is_finite() && per_second > 0.0 { per_second } else { 1.0 };
+        let per_second = sane(per_second);
         tracing::info!(per_second, "draining");
-        self.state.lock().drain_per_second = Some(per_second);
+        {
+            let mut state = self.state.lock();
+            (state.drain_per_second, state.shed_per_second) = (Some(per_second), None);
+        }
         self.gateway.set_serving(false);
+    }
+
+    /// Serves, and sheds some of its connections: it has many more than others.
+    pub fn shed_at(&self, per_second: f64) {
+        let per_second = sane(per_second);
+        tracing::info!(per_second, "shedding what is too much here");
+        {
+            let mut state = self.state.lock();
+            (state.drain_per_second, state.shed_per_second) = (None, Some(per_second));
+        }
+        self.gateway.set_serving(true);
     }
 
     /// Serves again.
     pub fn undrain(&self) {
-        if self.state.lock().drain_per_second.take().is_some() {
+        let mut state = self.state.lock();
+        if state.drain_per_second.take().is_some() | state.shed_per_second.take().is_some() {
             tracing::info!("no longer draining");
         }
+        drop(state);
         self.gateway.set_serving(true);
     }
 
@@ -83,7 +121,7 @@ impl Member {
             let now = ticks.tick().await;
             let elapsed = now.duration_since(last);
             last = now;
-            let Some(per_second) = self.state.lock().drain_per_second else {
+            let Some(per_second) = self.rate(now) else {
                 due = 0.0;
                 continue;
             };
@@ -97,6 +135,21 @@ impl Member {
         }
     }
 
+    /// Connections to shed per second, if any at all may be.
+    fn rate(&self, now: Instant) -> Option<f64> {
+        let state = self.state.lock();
+        let Some(Ending { since, grace }) = state.ending else {
+            return state.drain_per_second.or(state.shed_per_second);
+        };
+        let order = state.drain_per_second.filter(|_| state.joined);
+        let rate = ending_rate(order, state.joined, self.gateway.hub.connections(), now - since, grace);
+        drop(state);
+        if rate.is_some() {
+            self.gateway.set_serving(false);
+        }
+        rate
+    }
+
     fn shed_some(&self, count: usize) {
         let hub = &self.gateway.hub;
         let mut connections = hub.all();
@@ -108,53 +161,28 @@ impl Member {
     }
 
     /// Keeps a stream to the leading control service; runs for ever.
-    pub async fn stay_joined(self: Arc<Self>, addresses: Vec<String>) {
-        if addresses.is_empty() {
+    pub async fn stay_joined(self: Arc<Self>, mut dialer: ControlDialer) {
+        if dialer.is_empty() {
             return tracing::warn!("no control address is configured: no shard map will come");
         }
-        let (mut index, mut pause, mut redirect) = (0, Duration::from_millis(50), None::<String>);
         loop {
-            let address = redirect.take().unwrap_or_else(|| addresses[index % addresses.len()].clone());
             let opened = Instant::now();
-            match self.join(&address).await {
-                Ended::NotLeader(leader) if !leader.is_empty() && leader != address => {
-                    redirect = Some(leader);
-                }
-                Ended::NotLeader(_) => index += 1,
-                Ended::Broken(error) => {
-                    tracing::warn!(%address, %error, "control stream: the last map stays in force");
-                    index += 1;
-                }
+            match self.join(&mut dialer).await {
+                Ok(Ended::NotLeader(leader)) => tracing::debug!(leader, "not the leader's control service"),
+                Ok(Ended::Broken(error)) => tracing::warn!(error, "control stream: the last map stays in force"),
+                Err(error) => tracing::warn!(%error, "control stream: the last map stays in force"),
             }
-            pause = if opened.elapsed() > Duration::from_secs(3) {
-                Duration::from_millis(50)
-            } else {
-                (pause * 2).min(Duration::from_secs(1))
-            };
-            sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+            self.state.lock().joined = false;
+            dialer.pause(opened.elapsed()).await;
         }
     }
 
-    async fn join(&self, address: &str) -> Ended {
-        match self.run_stream(address).await {
-            Ok(ended) => ended,
-            Err(status) => Ended::Broken(status.to_string()),
-        }
-    }
-
-    async fn run_stream(&self, address: &str) -> Result<Ended, tonic::Status> {
-        let unavailable = |error: tonic::transport::Error| tonic::Status::unavailable(error.to_string());
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(unavailable)?;
-        let channel = endpoint.connect_timeout(CONNECT_MAX).tcp_nodelay(true).connect().await.map_err(unavailable)?;
-        let mut client = ControlClient::new(channel).max_decoding_message_size(16 << 20);
+    async fn join(&self, dialer: &mut ControlDialer) -> Result<Ended, tonic::Status> {
+        let (address, mut client) = dialer.connect().await?;
         let (sender, receiver) = mpsc::channel(16);
         let overflow = |_| tonic::Status::resource_exhausted("the control service does not read");
         sender.try_send(self.hello()).map_err(overflow)?;
-        let mut request = tonic::Request::new(ReceiverStream::new(receiver));
-        if let Some(token) = &self.token {
-            request.metadata_mut().insert("authorization", token.clone());
-        }
-        let answer = timeout(CONNECT_MAX * 3, client.join(request)).await;
+        let answer = timeout(ANSWER_MAX, client.join(dialer.request(ReceiverStream::new(receiver)))).await;
         let mut commands = answer.map_err(|_| tonic::Status::deadline_exceeded("no answer to Hello"))??.into_inner();
         let mut beat = interval(HEARTBEAT_INTERVAL);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -162,11 +190,17 @@ impl Member {
             tokio::select! {
                 command = commands.message() => match command? {
                     None => return Ok(Ended::Broken("the stream ended".to_owned())),
-                    Some(command) => if let Some(ended) = self.on_command(command) {
-                        return Ok(ended);
-                    },
+                    Some(command) => {
+                        if let Some(ended) = self.on_command(command) {
+                            if let Ended::NotLeader(leader) = &ended {
+                                dialer.redirected(&address, leader.clone());
+                            }
+                            return Ok(ended);
+                        }
+                    }
                 },
-                _ = beat.tick() => sender.try_send(self.heartbeat()).map_err(|_| tonic::Status::resource_exhausted("the control service does not read"))?,
+                () = self.news.notified() => sender.try_send(self.heartbeat()).map_err(overflow)?,
+                _ = beat.tick() => sender.try_send(self.heartbeat()).map_err(overflow)?,
             }
         }
     }
@@ -178,7 +212,8 @@ impl Member {
             role: Role::Gateway.into(),
             pid: std::process::id(),
             link_address: String::new(),
-            http_address: self.admin_address.clone(),
+            http_address: self.identity.admin_address.clone(),
+            instance: self.identity.instance.clone(),
             term: term.max(self.state.lock().term),
             number,
             held: Vec::new(),
@@ -197,6 +232,7 @@ impl Member {
             messages_per_second: hub.shared.metrics.messages_per_second.get(),
             cpu_cores: hub.shared.metrics.cpu_cores.get(),
             drained: self.is_drained(),
+            leaving: self.state.lock().ending.is_some(),
             ..Heartbeat::default()
         };
         Report { report: Some(report::Report::Heartbeat(heartbeat)) }
@@ -214,11 +250,13 @@ impl Member {
                 return None;
             }
             state.term = term;
+            state.joined = true;
         }
         match command? {
             command::Command::Map(map) => self.gateway.hub.on_map(term, &map),
             command::Command::Drain(drain) => self.drain(drain.per_second),
             command::Command::Undrain(_) => self.undrain(),
+            command::Command::Shed(shed) => self.shed_at(shed.per_second),
             // Commands to owners of shards.
             command::Command::Prepare(_)
             | command::Command::Release(_)
@@ -229,15 +267,18 @@ impl Member {
         None
     }
 
-    /// Empties this gateway within `grace`: for a process that was told to end.
+    /// Empties this gateway within `grace`, for a process that was told to end: at the rate that control allows, which
+    /// knows the others' room, and by itself where there is no control.
     pub async fn leave(&self, grace: Duration) {
-        let deadline = Instant::now() + grace;
-        let connections = self.gateway.hub.connections() as f64;
-        self.drain((connections / grace.as_secs_f64().max(0.1) * 1.5).max(20.0));
+        let since = Instant::now();
+        self.state.lock().ending = Some(Ending { since, grace });
+        self.news.notify_one();
+        let deadline = since + grace;
         let mut ticks = interval(SHED_INTERVAL);
         while self.gateway.hub.connections() > 0 && Instant::now() < deadline {
             ticks.tick().await;
         }
+        self.gateway.set_serving(false);
         self.shed_some(usize::MAX);
         // Likes that were counted and not sent yet.
         self.gateway.hub.send_counts();
@@ -246,6 +287,62 @@ impl Member {
         let last = Instant::now() + Duration::from_millis(500);
         while (self.gateway.hub.connections() > 0 || self.gateway.hub.unanswered() > 0) && Instant::now() < last {
             ticks.tick().await;
+        }
+    }
+}
+
+/// A rate that came over the wire.
+fn sane(per_second: f64) -> f64 {
+    if per_second.is_finite() { per_second.max(0.0) } else { 0.0 }
+}
+
+/// Connections that a gateway sheds per second after it was told to end, `elapsed` of its `grace` ago; `None`: it waits for
+/// the word of control (`order`), to which it is `joined` or not.
+///
+/// Control knows how many the others can take, so its word counts for the first half of the grace, or its silence for the
+/// first quarter. In the rest at least that many go that none is left at the end: what is left then is cut at once, and
+/// comes back at once.
+fn ending_rate(
+    order: Option<f64>,
+    joined: bool,
+    connections: usize,
+    elapsed: Duration,
+    grace: Duration,
+) -> Option<f64> {
+    let waits_until = match (order, joined) {
+        (Some(_), _) => grace / 2,
+        (None, true) => grace / 4,
+        (None, false) => Duration::ZERO,
+    };
+    if elapsed < waits_until {
+        return order;
+    }
+    // A tenth less than what is left, for the jitter.
+    let left = grace.saturating_sub(elapsed).as_secs_f64() * 0.9;
+    Some((connections as f64 / left.max(0.1)).max(LAST_RATE_MIN).max(order.unwrap_or(0.0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ending_gateway_obeys_control_and_is_empty_in_time() {
+        let seconds = Duration::from_secs;
+        let grace = seconds(100);
+        for (order, joined, connections, elapsed, expected) in [
+            (Some(7.0), true, 9_000, 0, Some(7.0)),
+            (Some(0.0), true, 9_000, 49, Some(0.0)),
+            (Some(7.0), true, 9_000, 50, Some(200.0)),
+            (Some(500.0), true, 9_000, 50, Some(500.0)),
+            (None, true, 9_000, 24, None),
+            (None, true, 9_000, 25, Some(9_000.0 / 67.5)),
+            (None, false, 9_000, 0, Some(100.0)),
+            (None, false, 1, 0, Some(LAST_RATE_MIN)),
+            (None, false, 90, 100, Some(900.0)),
+        ] {
+            let rate = ending_rate(order, joined, connections, seconds(elapsed), grace);
+            assert_eq!(rate, expected, "{order:?} {joined} {connections} after {elapsed} s");
         }
     }
 }

@@ -4,16 +4,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use im_proto::dial::ControlDialer;
 use im_proto::ids::{IdError, MemberId};
 use im_proto::process::cpu_time;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::auth::{Auth, AuthError};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::http::{self, Api};
 use crate::hub::Hub;
 use crate::listen::{self, Gateway, ListenError, Wrap};
-use crate::member::Member;
+use crate::member::{Identity, Member};
 use crate::metrics::Metrics;
 use crate::session::Shared;
 
@@ -23,6 +24,9 @@ pub enum StartError {
     /// Its name.
     #[error(transparent)]
     Name(#[from] IdError),
+    /// Its token.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// Its keys.
     #[error(transparent)]
     Auth(#[from] AuthError),
@@ -58,7 +62,8 @@ pub fn start(config: &Config) -> Result<Running, StartError> {
     let me = MemberId::new(&config.name, boot)?;
     let shared = Shared::new(boot, config.session_limits(), Metrics::new());
     let auth = Arc::new(Auth::new(&config.auth, config.service_tokens_file.as_deref())?);
-    let hub = Hub::new(me, shared, config.rooms_config(), config.link_token.as_deref());
+    let token = config.read_link_token()?;
+    let hub = Hub::new(me, shared, config.rooms_config(), token.as_deref());
     let gateway = Gateway::new(hub.clone(), auth, config.limits.clone());
     let listen = |address, wrap| listen::spawn(&gateway, address, wrap);
     let mqtt = config.mqtt.as_ref().map(|at| listen(at.address, Wrap::Plain)).transpose()?;
@@ -70,8 +75,10 @@ pub fn start(config: &Config) -> Result<Running, StartError> {
     let api = Arc::new(Api::new(gateway.clone()));
     let admin = http::spawn_admin(&api, config.admin.address)?;
     let http = config.http.as_ref().map(|at| http::spawn_public(&api, at.address)).transpose()?;
-    let member = Member::new(gateway.clone(), admin.to_string(), config.link_token.as_deref());
-    tokio::spawn(member.clone().stay_joined(config.control.clone()));
+    let identity = Identity { instance: config.instance(), admin_address: config.advertised(admin) };
+    let member = Member::new(gateway.clone(), identity);
+    let dialer = ControlDialer::new(config.control.clone(), config.cluster.as_deref(), token.as_deref());
+    tokio::spawn(member.clone().stay_joined(dialer));
     tokio::spawn(member.clone().shed());
     tokio::spawn(keep_time(hub.clone()));
     tokio::spawn(hub.clone().keep_counting());

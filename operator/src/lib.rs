@@ -4,8 +4,11 @@
 //! Architecture invariant: nothing in `autoscale`, `shards` and `control::tiers` does I/O or reads a clock.
 
 pub mod autoscale;
+pub mod cluster_metrics;
 pub mod console;
 pub mod control;
+pub mod controller;
+pub mod leadership;
 pub mod metrics;
 pub mod platform;
 pub mod shards;

@@ -1,11 +1,13 @@
-//! `imcluster`: runs an IM cluster on this machine, shows how it is, prints the Kubernetes types.
+//! `imcluster`: runs an IM cluster on this machine, or many in Kubernetes; shows how one is; prints the Kubernetes types.
 
 use clap::{Args, Parser, Subcommand};
 use im_crds::{ImCluster, ShardMap};
+use im_operator::metrics::{self, prometheus::Endpoint};
 use im_operator::up::data_dir::DataDir;
-use im_operator::{console, control, up};
+use im_operator::{console, control, controller, up};
 use kube::CustomResourceExt;
 use std::io::{ErrorKind, Write};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -48,6 +50,8 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t = Format::Table)]
         output: Format,
     },
+    /// Run the ImClusters of a Kubernetes cluster. The chart starts it; KUBECONFIG works too.
+    Operator(OperatorArgs),
     /// Print the CustomResourceDefinitions as YAML, for `kubectl apply -f -`.
     Crds,
     /// The control service. `imcluster up` starts it.
@@ -68,6 +72,37 @@ enum Command {
         #[arg(last = true, required = true)]
         program: Vec<String>,
     },
+}
+
+#[derive(Args)]
+struct OperatorArgs {
+    /// Image of the members where an ImCluster names none; it holds /im-gateway and /im-business.
+    #[arg(long, env = "IMCLUSTER_IMAGE")]
+    image: String,
+    /// Where the control service listens, IP:PORT.
+    #[arg(long, env = "IMCLUSTER_CONTROL_ADDRESS", default_value = "0.0.0.0:7200")]
+    control_address: SocketAddr,
+    /// Where members reach the control service of all replicas, HOST:PORT.
+    #[arg(long, env = "IMCLUSTER_CONTROL_SERVICE")]
+    control_service: String,
+    /// Where /healthz, /readyz and /metrics listen, IP:PORT.
+    #[arg(long, env = "IMCLUSTER_HTTP_ADDRESS", default_value = "0.0.0.0:8080")]
+    http_address: SocketAddr,
+    /// The only namespace to look at [default: all]
+    #[arg(long, env = "IMCLUSTER_NAMESPACE")]
+    namespace: Option<String>,
+    /// Namespace of the Lease [default: the pod's own, or KUBECONFIG's]
+    #[arg(long, env = "IMCLUSTER_LEASE_NAMESPACE")]
+    lease_namespace: Option<String>,
+    /// The Prometheus to ask where an ImCluster names none, for example http://prometheus.monitoring:9090 [default: members are asked directly]
+    #[arg(long, env = "IMCLUSTER_PROMETHEUS_URL")]
+    prometheus_url: Option<String>,
+    /// Name of this replica.
+    #[arg(long, env = "POD_NAME")]
+    pod_name: String,
+    /// Where members reach this very replica, an IP address.
+    #[arg(long, env = "POD_IP")]
+    pod_ip: String,
 }
 
 #[derive(Args)]
@@ -97,6 +132,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Up { file, data, console, programs } => run_up(file, data.data_dir, console, programs),
         Command::Status { data, output } => on_runtime(run_status(data.data_dir, output)),
+        Command::Operator(args) => run_operator(args),
         Command::Crds => print_crds(),
         Command::Control { data, console, paths_from } => run_control(data.data_dir, console, paths_from),
         Command::Child { parent, program } => {
@@ -139,6 +175,40 @@ fn run_up(file: PathBuf, data_dir: PathBuf, console: String, programs: Option<Pa
 }
 
 fn run_control(data_dir: PathBuf, console: String, paths_from: PathBuf) -> ExitCode {
+    let options = control::Options { data_dir, console, paths_from };
+    as_service(control::run(options))
+}
+
+fn run_operator(args: OperatorArgs) -> ExitCode {
+    let OperatorArgs {
+        image,
+        control_address,
+        control_service,
+        http_address,
+        namespace,
+        lease_namespace,
+        prometheus_url,
+        pod_name,
+        pod_ip,
+    } = args;
+    // Files that an ImCluster names would be the operator's own.
+    let metrics = metrics::Setup { prometheus: prometheus_url.map(Endpoint::plain), reads_files: false };
+    let setup = control::Setup { metrics, ..control::Setup::default() };
+    as_service(controller::run(controller::Options {
+        image,
+        control_address,
+        control_service,
+        http_address,
+        namespace,
+        lease_namespace,
+        pod_name,
+        pod_ip,
+        setup,
+    }))
+}
+
+/// Runs what logs, on threads of its own.
+fn as_service<E: std::fmt::Display>(work: impl Future<Output = Result<(), E>>) -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     // A log that can't be written (disk full) must not end the process, as printing that to stderr would.
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
@@ -147,8 +217,7 @@ fn run_control(data_dir: PathBuf, console: String, paths_from: PathBuf) -> ExitC
         Ok(runtime) => runtime,
         Err(error) => return fail(format!("no runtime: {error}"), 1),
     };
-    let options = control::Options { data_dir, console, paths_from };
-    match runtime.block_on(control::run(options)) {
+    match runtime.block_on(work) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");

@@ -4,6 +4,7 @@
 //! Invariant of this crate: it decides nothing about chat. It knows how a request finds an owner, not what the request means.
 #![allow(missing_docs)] // generated code; what is written by hand is documented
 
+pub mod dial;
 pub mod ids;
 pub mod links;
 pub mod process;

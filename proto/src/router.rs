@@ -292,7 +292,7 @@ mod tests {
             |name: &str, epoch, ids: &[u64]| ids.iter().map(|id| (name.to_owned(), epoch, *id)).collect::<Vec<_>>();
         assert_eq!(sent(router.take_outputs()), to("a", 4, &[1, 2, 3]));
         router.reply(stored(2, 4));
-        router.moved(&Moved { shard: 0, ended: 4, to: b.to_string() });
+        router.moved(&Moved { shard: 0, ended: 4, to: b.to_string(), released: false });
         router.request(0, 0, &body(), 4).expect("room");
         router.claim(0, 4, &a);
         assert!(sent(router.take_outputs()).is_empty(), "an ended epoch gets nothing");
@@ -338,7 +338,7 @@ mod tests {
         }
         assert_eq!(marks(router.take_outputs()), [(1, false, 9, 1), (2, false, 9, 1)]);
         router.reply(stored(1, 1));
-        router.moved(&Moved { shard: 0, ended: 1, to: String::new() });
+        router.moved(&Moved { shard: 0, ended: 1, to: String::new(), released: false });
         router.request(0, 9, &body(), 3).expect("room");
         router.take_outputs();
         router.claim(0, 2, &b);
@@ -375,7 +375,7 @@ mod tests {
                     4 => { epoch += pick; if epoch > 0 { router.claim(0, epoch, who); } }
                     _ => if let Some((to, request)) = inbox.pop_front() {
                         let reply = if request.epoch < epoch {
-                            let moved = Moved { shard: 0, ended: request.epoch, to: String::new() };
+                            let moved = Moved { shard: 0, ended: request.epoch, to: String::new(), released: false };
                             Reply { id: request.id, epoch: request.epoch, outcome: Some(Outcome::Moved(moved)) }
                         } else {
                             if !seen.contains(&request.id) { seen.push(request.id); }

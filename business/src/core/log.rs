@@ -582,12 +582,13 @@ impl OwnedShard {
         if self.leaving.is_some() {
             return;
         }
-        let moved = im_proto::link::Moved { shard: self.number, ended: self.epoch, to: to.clone() };
+        let moved = im_proto::link::Moved { shard: self.number, ended: self.epoch, to: to.clone(), released: false };
         self.leaving = Some(Leaving { to, releasing: false, ask_at: env.now.mono, cancelled: false });
         self.stalled.clear();
         env.parked -= self.parked.len();
         self.parked.clear();
         self.write_cursors(env);
+        env.is_urgent = true;
         env.router.moved(&moved);
         env.broadcast(im_proto::link::server_frame::Frame::Moved(moved));
     }
@@ -607,7 +608,8 @@ impl OwnedShard {
         bytes_left: &mut usize,
     ) -> Option<ShardBatch> {
         let now = env.now.mono;
-        if self.under_way.is_some() || now < self.write_again_at {
+        let is_released = self.leaving.as_ref().is_some_and(|leaving| leaving.releasing);
+        if self.under_way.is_some() || is_released || now < self.write_again_at {
             return None;
         }
         let watermark = self.outgoing.watermark(self.head_pos);
@@ -639,6 +641,10 @@ impl OwnedShard {
             }
         }
         let watermark = (watermark > self.watermark_written).then_some(watermark);
+        // The last batch of a shard that leaves gives it back as well.
+        let release = self.ops.is_empty()
+            && self.parked.is_empty()
+            && self.leaving.as_ref().is_some_and(|leaving| leaving.ask_at <= now);
         if formed.is_empty() && watermark.is_none() {
             return None;
         }
@@ -646,7 +652,10 @@ impl OwnedShard {
         self.outgoing.watermark_sent = watermark.unwrap_or(0);
         self.under_way = Some(formed);
         self.watermark_write_at = now + WATERMARK_INTERVAL;
-        Some(ShardBatch { shard: self.number, epoch: self.epoch, appends, puts, watermark })
+        if let Some(leaving) = &mut self.leaving {
+            leaving.releasing = release;
+        }
+        Some(ShardBatch { shard: self.number, epoch: self.epoch, appends, puts, watermark, release })
     }
 
     fn form(&mut self, env: &mut Env, forming: &mut Forming, op: Op) {
@@ -751,6 +760,7 @@ impl OwnedShard {
     pub(super) fn committed(&mut self, env: &mut Env, at: Duration) {
         self.confirmed(env, at);
         let Some(formed) = self.under_way.take() else { return };
+        env.is_urgent |= self.leaving.is_some();
         self.watermark_written = self.watermark_written.max(self.outgoing.watermark_sent);
         for write in formed {
             match write {
@@ -800,9 +810,17 @@ impl OwnedShard {
         self.notify_committed(env, entry);
     }
 
+    /// A batch that was to give the shard back was not stored.
+    fn release_again(&mut self, ask_at: Duration) {
+        if let Some(leaving) = &mut self.leaving {
+            (leaving.releasing, leaving.ask_at) = (false, ask_at);
+        }
+    }
+
     /// Some keys were stored before: they are answered with what is stored, the rest is numbered anew.
     pub(super) fn duplicates(&mut self, env: &mut Env, duplicates: Vec<Duplicate>) {
         let Some(formed) = self.under_way.take() else { return };
+        self.release_again(env.now.mono);
         let mut stored: BTreeMap<usize, LogEntry> =
             duplicates.into_iter().map(|duplicate| (duplicate.index, duplicate.stored)).collect();
         env.stats.duplicates += stored.len() as u64;
@@ -838,6 +856,7 @@ impl OwnedShard {
     pub(super) fn refused(&mut self, env: &mut Env, reason: &str) {
         self.write_again_at = env.now.mono + RETRY_PAUSE;
         let Some(formed) = self.under_way.take() else { return };
+        self.release_again(self.write_again_at);
         let mut again = Vec::new();
         for write in formed {
             match write {

@@ -54,6 +54,9 @@ pub struct Limits {
     pub notify_window: usize,
     /// Commits under way at once. Two: while one is made durable the next one fills.
     pub commits_max: usize,
+    /// Between the starts of two commits. A commit costs about the same whether it has one row or thirty (an fsync, a call, wake-ups in
+    /// three processes), so a little patience under load saves most of it; the first write after a silence does not wait.
+    pub commit_spacing: Duration,
     /// Rows and bytes of one commit.
     pub commit_ops_max: usize,
     /// Payload bytes of one commit.
@@ -75,6 +78,7 @@ impl Default for Limits {
             parked_max: 100_000,
             notify_window: 2_048,
             commits_max: 2,
+            commit_spacing: Duration::from_millis(4),
             commit_ops_max: 4_096,
             commit_bytes_max: 4 << 20,
             cached_max: 200_000,
@@ -117,6 +121,8 @@ pub enum Input {
     ControlUp(Hello),
     /// The control service commands.
     Command(Command),
+    /// The member ends: every shard is given up, to nobody in particular.
+    ReleaseAll,
     /// Our link to another business member is up.
     PeerUp(MemberId),
     /// It broke.
@@ -271,6 +277,8 @@ struct Env {
     settled: Vec<JobKey>,
     loopback: VecDeque<Loop>,
     outputs: Vec<Output>,
+    /// Somebody waits for the next commit who should not wait for its time.
+    is_urgent: bool,
     stats: Stats,
 }
 
@@ -348,9 +356,15 @@ struct Schedule {
     check: Duration,
     heartbeat: Duration,
     sweep: Duration,
+    /// The next commit may start.
+    commit: Duration,
+    /// Something may wait for that.
+    commit_waits: bool,
     /// A check is under way.
     checking: bool,
     last_answer: Duration,
+    /// When a write was refused, unless one succeeded since.
+    refused_at: Option<Duration>,
     last_load: Duration,
 }
 
@@ -373,6 +387,7 @@ impl Core {
             settled: Vec::new(),
             loopback: VecDeque::new(),
             outputs: Vec::new(),
+            is_urgent: false,
             stats: Stats::default(),
         };
         Self { env, slots: BTreeMap::new(), term: 0, number: 0, next: Schedule::default() }
@@ -413,7 +428,7 @@ impl Core {
     /// Something happened.
     pub fn handle(&mut self, now: Now, input: Input) {
         self.take(now, input);
-        self.commit();
+        self.commit(now);
     }
 
     /// Something happened, and more is about to be told at once: [`Core::commit`] comes behind the last of it, so that what came
@@ -434,13 +449,17 @@ impl Core {
                 self.env.report(report::Report::Hello(hello));
             }
             Input::Command(command) => self.command(command),
+            Input::ReleaseAll => self.release_all(),
             Input::PeerUp(peer) => self.env.router.link_up(&peer),
             Input::PeerDown(peer) => self.env.router.link_down(&peer),
             Input::PeerFrames { peer, frames } => {
                 for frame in frames {
                     match frame.frame {
                         Some(server_frame::Frame::Owned(owned)) => self.env.router.owned(&peer, &owned),
-                        Some(server_frame::Frame::Moved(moved)) => self.env.router.moved(&moved),
+                        Some(server_frame::Frame::Moved(moved)) => {
+                            self.env.router.moved(&moved);
+                            self.handed_over(&moved);
+                        }
                         Some(server_frame::Frame::Reply(reply)) => self.env.router.reply(reply),
                         _ => {}
                     }
@@ -548,7 +567,9 @@ impl Core {
     fn request(&mut self, link: LinkId, request: Request) {
         let Request { id, shard, epoch, again, order, oldest, .. } = request;
         let to = ReplyTo { link, id, epoch, again, order, oldest };
-        let moved = |destination: &str| Outcome::Moved(Moved { shard, ended: epoch, to: destination.to_owned() });
+        let moved = |destination: &str| {
+            Outcome::Moved(Moved { shard, ended: epoch, to: destination.to_owned(), released: false })
+        };
         match self.slots.get_mut(&shard) {
             Some(Slot::Owned(owned)) if owned.epoch == epoch && owned.leaving.is_none() => {
                 let Ok(Body { body: Some(body) }) = Body::decode(request.body) else {
@@ -584,8 +605,21 @@ impl Core {
         }
     }
 
+    /// When [`Core::commit`] is to be called again if nothing happens until then: something was asked sooner than the next commit may
+    /// start.
+    pub fn commit_at(&self) -> Option<Duration> {
+        self.next.commit_waits.then_some(self.next.commit)
+    }
+
     /// Forms commits of all shards that have something to write and nothing under way, as many as may be under way.
-    pub fn commit(&mut self) {
+    pub fn commit(&mut self, now: Now) {
+        self.env.now = now;
+        // Whoever waits for a shard that leaves has waited enough.
+        let is_urgent = std::mem::take(&mut self.env.is_urgent);
+        self.next.commit_waits = now.mono < self.next.commit && !is_urgent;
+        if self.next.commit_waits {
+            return;
+        }
         let commits = self.env.calls.values().filter(|context| matches!(context, Context::Commit { .. })).count();
         for _ in commits..self.env.limits.commits_max {
             let (mut batches, mut shards) = (Vec::new(), Vec::new());
@@ -604,6 +638,7 @@ impl Core {
             if batches.is_empty() {
                 return;
             }
+            self.next.commit = now.mono + self.env.limits.commit_spacing;
             self.env.stats.commits += 1;
             self.env.stats.batches += batches.len() as u64;
             let at = self.env.now.mono;

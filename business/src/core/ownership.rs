@@ -15,6 +15,8 @@ use crate::store::{Acquired, Claim, Outcome, Released, ShardRow, StoreError};
 
 /// An owner that the store has not confirmed for so long answers nothing until it has.
 pub(super) const CONFIRMED_FOR: Duration = Duration::from_secs(2);
+/// A store that refused a write does so still, until one succeeds or nobody has tried for so long.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// How often held shards are confirmed when no commit does it.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How often control hears what is held.
@@ -113,6 +115,18 @@ impl Core {
             Some(command::Command::Prepare(_)) => {}
             _ => {}
         }
+    }
+
+    /// Gives up every shard, to whoever comes.
+    pub(super) fn release_all(&mut self) {
+        for slot in self.slots.values_mut() {
+            if let Slot::Owned(owned) = slot
+                && owned.leaving.is_none()
+            {
+                owned.leave(&mut self.env, String::new());
+            }
+        }
+        self.release_what_is_empty();
     }
 
     fn map(&mut self, map: control::Map) {
@@ -224,7 +238,8 @@ impl Core {
                         tracing::error!(shard = tail.shard, "a hole in the shard's log: a stored message was lost");
                     }
                     if let Some(ended) = acquiring.recovering {
-                        let moved = Moved { shard: tail.shard, ended, to: self.env.me.to_string() };
+                        let to = self.env.me.to_string();
+                        let moved = Moved { shard: tail.shard, ended, to, released: false };
                         self.env.broadcast(server_frame::Frame::Moved(moved));
                     }
                     self.env.stats.acquired += 1;
@@ -244,7 +259,8 @@ impl Core {
                     self.slots.insert(row.shard, Slot::Vacant);
                     if let Some(ended) = ended {
                         let to = row.owner.as_ref().map_or_else(String::new, ToString::to_string);
-                        self.env.broadcast(server_frame::Frame::Moved(Moved { shard: row.shard, ended, to }));
+                        let moved = Moved { shard: row.shard, ended, to, released: false };
+                        self.env.broadcast(server_frame::Frame::Moved(moved));
                     }
                     lost.push(row);
                 }
@@ -287,7 +303,7 @@ impl Core {
         self.slots.insert(row.shard, Slot::Vacant);
         self.env.stats.fenced += 1;
         let to = row.owner.as_ref().map_or_else(String::new, ToString::to_string);
-        let moved = Moved { shard: row.shard, ended, to };
+        let moved = Moved { shard: row.shard, ended, to, released: false };
         self.env.router.moved(&moved);
         self.env.broadcast(server_frame::Frame::Moved(moved));
     }
@@ -297,7 +313,7 @@ impl Core {
         if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
             owned.abandon(&mut self.env);
             self.env.stats.unknown_outcomes += 1;
-            self.env.router.moved(&Moved { shard, ended: epoch, to: String::new() });
+            self.env.router.moved(&Moved { shard, ended: epoch, to: String::new(), released: false });
             let claim = Claim { shard, expected_epoch: epoch, expected_owner: Some(self.env.me.clone()) };
             self.want(claim, Some(epoch));
         }
@@ -311,10 +327,17 @@ impl Core {
     ) {
         match answer {
             Ok(StoreAnswer::Commit(outcomes)) if outcomes.len() == shards.len() => {
+                self.next.refused_at = None;
                 for ((shard, epoch), outcome) in shards.into_iter().zip(outcomes) {
                     let Some(owned) = owned_at(&mut self.slots, shard, epoch) else { continue };
                     match outcome {
-                        Outcome::Committed => owned.committed(&mut self.env, at),
+                        Outcome::Committed => {
+                            owned.committed(&mut self.env, at);
+                            // Nothing but a release can be under way in a shard whose batch has just ended.
+                            if owned.leaving.as_ref().is_some_and(|leaving| leaving.releasing) {
+                                self.released(shard, epoch);
+                            }
+                        }
                         Outcome::Duplicates(duplicates) => owned.duplicates(&mut self.env, duplicates),
                         Outcome::Fenced(row) => {
                             self.fenced(&row);
@@ -334,6 +357,7 @@ impl Core {
             }
             Err(StoreError::Refused { reason }) => {
                 tracing::warn!(reason, "the store refuses writes");
+                self.next.refused_at = Some(self.env.now.mono);
                 for (shard, epoch) in shards {
                     if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
                         owned.refused(&mut self.env, &reason);
@@ -403,18 +427,41 @@ impl Core {
             (leaving.releasing, leaving.ask_at) = (false, again);
             return;
         };
-        let cancelled = leaving.cancelled;
+        match outcomes.into_iter().next() {
+            Some(Released::Lost(row)) => {
+                owned.abandon(&mut self.env);
+                self.slots.insert(shard, Slot::Vacant);
+                self.report_lost(&[row]);
+            }
+            _ => self.released(shard, epoch),
+        }
+    }
+
+    /// The store's row has no owner any more: whom it goes to, and control, hear of it.
+    fn released(&mut self, shard: u32, epoch: u64) {
+        let Some(owned) = owned_at(&mut self.slots, shard, epoch) else { return };
+        let leaving = owned.leaving.take();
         owned.abandon(&mut self.env);
         self.slots.insert(shard, Slot::Vacant);
-        match outcomes.into_iter().next() {
-            Some(Released::Lost(row)) => self.report_lost(&[row]),
-            _ if cancelled => self.want(Claim { shard, expected_epoch: epoch, expected_owner: None }, None),
-            _ => {
-                let shards = vec![ShardEpoch { shard, epoch }];
-                self.env.report(report::Report::Released(control::Released { shards }));
-            }
+        let Some(Leaving { to, cancelled: false, .. }) = leaving else {
+            self.want(Claim { shard, expected_epoch: epoch, expected_owner: None }, None);
+            return self.ask_for_wanted();
+        };
+        let moved = Moved { shard, ended: epoch, to, released: true };
+        let link = self.env.links.iter().find(|(_, peer)| *peer.as_str() == *moved.to).map(|(link, _)| *link);
+        if let Some(link) = link {
+            self.env.frame(link, server_frame::Frame::Moved(moved));
         }
-        self.ask_for_wanted();
+        let shards = vec![ShardEpoch { shard, epoch }];
+        self.env.report(report::Report::Released(control::Released { shards }));
+    }
+
+    /// Another member gave a shard back so that we take it. Control will ask for the same; whoever is told first acquires it.
+    pub(super) fn handed_over(&mut self, moved: &Moved) {
+        if moved.released && *moved.to == *self.env.me.as_str() {
+            self.want(Claim { shard: moved.shard, expected_epoch: moved.ended, expected_owner: None }, None);
+            self.ask_for_wanted();
+        }
     }
 
     pub(super) fn tick(&mut self) {
@@ -474,6 +521,7 @@ impl Core {
             held,
             loads,
             store_ok: now - self.next.last_answer < CONFIRMED_FOR,
+            store_refuses: self.next.refused_at.is_some_and(|at| now - at < REFUSED_FOR),
             term: self.term,
             number: self.number,
             messages_per_second: rate,

@@ -82,13 +82,13 @@ struct Joined {
 /// A write of room state.
 pub(super) enum RoomWrite {
     Counts { to: ReplyTo, boot: u64, counts: RoomCounts },
-    Change { to: ReplyTo, change: RoomChange },
+    Change { to: ReplyTo, change: Box<RoomChange> },
 }
 
 /// The same under way, with what is so once it is stored.
 pub(super) enum FormedRoom {
     Counts { to: ReplyTo, boot: u64, counts: RoomCounts, at_ms: i64, totals: Vec<(Arc<str>, Totals)> },
-    Change { to: ReplyTo, change: RoomChange, settings: RoomRow, at_ms: i64 },
+    Change { to: ReplyTo, change: Box<RoomChange>, settings: Box<RoomRow>, at_ms: i64 },
 }
 
 /// What the batch being formed changes in rooms.
@@ -374,7 +374,7 @@ impl OwnedShard {
             }
             body::Body::RoomPublish(publish) => self.room_publish(env, to, publish),
             body::Body::RoomCounts(counts) => self.room_counts(env, to, counts),
-            body::Body::RoomChange(change) => self.write_room(env, RoomWrite::Change { to, change }),
+            body::Body::RoomChange(change) => self.write_room(env, RoomWrite::Change { to, change: Box::new(change) }),
             body::Body::RoomGet(get) => {
                 let Some(room) = self.rooms.get(&get.room) else { return };
                 let info = room_info(room, &get.room, &get.actor, env.now.wall_ms);
@@ -507,7 +507,7 @@ impl OwnedShard {
                     Ok(settings) => {
                         let value = Some(settings.encode_to_vec().into());
                         forming.put(Put { key: keys::room(&change.room), value });
-                        forming.form_room(FormedRoom::Change { to, change, settings, at_ms });
+                        forming.form_room(FormedRoom::Change { to, change, settings: Box::new(settings), at_ms });
                     }
                 }
             }
@@ -549,7 +549,7 @@ impl OwnedShard {
             }
             FormedRoom::Change { to, change, settings, at_ms } => {
                 let Some(room) = self.rooms.get_mut(&change.room) else { return };
-                room.settings = settings;
+                room.settings = *settings;
                 if room.settings.slow_mode_ms == 0 {
                     room.spoken = Map::default();
                 }

@@ -77,6 +77,9 @@ impl Shard {
             };
         }
         self.watermark = self.watermark.max(batch.watermark.unwrap_or(0));
+        if batch.release {
+            self.owner = None;
+        }
         Outcome::Committed
     }
 }

@@ -40,6 +40,9 @@ pub const POS_MAX: u64 = (1 << 40) - 1;
 /// The highest shard number.
 pub const SHARD_MAX: u32 = (1 << 23) - 1;
 
+/// Where engines log how many rows of the log each transaction stored, at level TRACE: what a bare loop has to write to be compared.
+pub(crate) const TRANSACTIONS: &str = "im_business::store::transactions";
+
 /// At most so many holes are named by one [`Store::scrub`].
 const HOLES_MAX: usize = 100;
 
@@ -157,6 +160,8 @@ pub struct ShardBatch {
     pub puts: Vec<Put>,
     /// The new watermark; a lower one than stored is ignored.
     pub watermark: Option<u64>,
+    /// Gives the shard back with it, as [`Store::release`] would behind it: (epoch, me) → (epoch, nobody).
+    pub release: bool,
 }
 
 /// What became of a [`ShardBatch`]. Anything but `Committed` means that nothing of that shard's batch was stored.

@@ -33,8 +33,8 @@ use tokio::time::timeout;
 
 use super::{
     ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, Duplicate, HOLES_MAX, LogEntry, LogRange, OpenError,
-    Outcome, Released, ShardBatch, ShardRow, Store, StoreError, Tail, claimable, contradiction, hole_text, last_puts,
-    malformed, place_taken, prefix_end,
+    Outcome, Released, ShardBatch, ShardRow, Store, StoreError, TRANSACTIONS, Tail, claimable, contradiction,
+    hole_text, last_puts, malformed, place_taken, prefix_end,
 };
 
 /// How long anybody waits for a row lock; after it, the old owner's backends are ended.
@@ -107,6 +107,7 @@ const DELETE_ITEMS: &str = "DELETE FROM item USING unnest($1::int4[], $2::text[]
 const RAISE_WATERMARKS: &str = "UPDATE shard SET watermark = w.watermark
     FROM unnest($1::int4[], $2::int8[]) AS w (shard, watermark)
     WHERE shard.shard = w.shard AND shard.watermark < w.watermark";
+const DISOWN: &str = "UPDATE shard SET owner = NULL WHERE shard = ANY($1::int4[])";
 
 // A change of owners.
 const ADD_OWNERS: &str = "INSERT INTO owner (owner) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING";
@@ -245,7 +246,10 @@ impl Postgres {
         // Polled in their order, each is queued on the connection at its first poll: they leave together.
         let answers = timeout(CALL_TIMEOUT, join_all(flush)).await;
         let error = match answers.map(|answers| answers.into_iter().find_map(Result::err)) {
-            Ok(None) => return Ok(Flushed::Committed),
+            Ok(None) => {
+                tracing::trace!(target: TRANSACTIONS, rows = batches.iter().map(|batch| batch.appends.len()).sum::<usize>());
+                return Ok(Flushed::Committed);
+            }
             Ok(Some(error)) => error,
             Err(_) => {
                 // Whatever is under way on it, nobody else must wait behind it.
@@ -603,6 +607,8 @@ struct Columns<'a> {
 
     mark_shard: Vec<i32>,
     mark: Vec<i64>,
+
+    released: Vec<i32>,
 }
 
 impl<'a> Columns<'a> {
@@ -642,6 +648,9 @@ impl<'a> Columns<'a> {
                 columns.mark_shard.push(shard);
                 columns.mark.push(int(watermark));
             }
+            if batch.release {
+                columns.released.push(shard);
+            }
         }
         columns
     }
@@ -676,6 +685,9 @@ impl<'a> Columns<'a> {
         }
         if !self.mark_shard.is_empty() {
             all.push((RAISE_WATERMARKS, vec![&self.mark_shard, &self.mark]));
+        }
+        if !self.released.is_empty() {
+            all.push((DISOWN, vec![&self.released]));
         }
         all
     }

@@ -260,6 +260,7 @@ pub(super) mod wire {
             appends: batch.appends.into_iter().map(entry).collect::<Result<_, _>>()?,
             puts: batch.puts.into_iter().map(|put| Put { key: put.key, value: put.value }).collect(),
             watermark: batch.watermark,
+            release: batch.release,
         })
     }
 
@@ -270,6 +271,7 @@ pub(super) mod wire {
             appends: batch.appends.into_iter().map(entry_to).collect(),
             puts: batch.puts.into_iter().map(|put| pb::Put { key: put.key, value: put.value }).collect(),
             watermark: batch.watermark,
+            release: batch.release,
         }
     }
 

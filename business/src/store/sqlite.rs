@@ -24,8 +24,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, Duplicate, HOLES_MAX, LogEntry, LogRange, OpenError,
-    Outcome, POS_MAX, Released, ShardBatch, ShardRow, Store, StoreError, Tail, claimable, contradiction, hole_text,
-    last_puts, malformed, place_taken, prefix_end,
+    Outcome, POS_MAX, Released, ShardBatch, ShardRow, Store, StoreError, TRANSACTIONS, Tail, claimable, contradiction,
+    hole_text, last_puts, malformed, place_taken, prefix_end,
 };
 
 /// Write requests that may wait; whoever comes next waits to hand his in.
@@ -354,6 +354,13 @@ impl Write {
         }
     }
 
+    /// Log rows that it stored.
+    fn rows_stored(&self) -> usize {
+        let Self::Commit(Pending { question: (_, batches), answer: Some(outcomes), .. }) = self else { return 0 };
+        let stored = batches.iter().zip(outcomes).filter(|(_, outcome)| **outcome == Outcome::Committed);
+        stored.map(|(batch, _)| batch.appends.len()).sum()
+    }
+
     fn apply(&mut self, connection: &Connection) -> rusqlite::Result<()> {
         match self {
             Self::Acquire(Pending { question: (me, claims), answer, .. }) => {
@@ -432,11 +439,15 @@ impl Writer {
     }
 
     fn transact(&self, group: &mut [Write]) -> Result<(), StoreError> {
-        let applied = self.connection.execute_batch("BEGIN IMMEDIATE").and_then(|()| {
+        let run = |sql| self.connection.prepare_cached(sql)?.execute([]);
+        let applied = run("BEGIN IMMEDIATE").and_then(|_| {
             group.iter_mut().try_for_each(|write| write.apply(&self.connection))?;
-            self.connection.execute_batch("COMMIT")
+            run("COMMIT")
         });
-        let Err(error) = applied else { return Ok(()) };
+        let Err(error) = applied else {
+            tracing::trace!(target: TRANSACTIONS, rows = group.iter().map(Write::rows_stored).sum::<usize>());
+            return Ok(());
+        };
         // After a failed fsync nobody knows what is on the disk, and a second one may lie: only a new start from the log tells.
         end_if_unsafe(&error, "writing");
         // Some errors end the transaction by themselves.
@@ -482,9 +493,9 @@ fn end_if_unsafe(error: &rusqlite::Error, doing: &str) {
 
 /// (pages in the write-ahead log, pages of it that are in the file).
 fn checkpoint(connection: &Connection, mode: &str) -> rusqlite::Result<(u64, u64)> {
-    connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |row| {
-        Ok((row.get::<_, i64>(1)?.max(0) as u64, row.get::<_, i64>(2)?.max(0) as u64))
-    })
+    connection
+        .prepare_cached(&format!("PRAGMA wal_checkpoint({mode})"))?
+        .query_row([], |row| Ok((row.get::<_, i64>(1)?.max(0) as u64, row.get::<_, i64>(2)?.max(0) as u64)))
 }
 
 fn checkpoint_until_closed(connection: &Connection, woken: &Receiver<()>) {
@@ -515,8 +526,13 @@ fn release(c: &Connection, me: &MemberId, shard: u32, epoch: u64) -> rusqlite::R
     if !row.is_held(me, epoch) {
         return Ok(Released::Lost(row));
     }
-    c.prepare_cached("UPDATE shard SET owner = NULL WHERE shard = ?1")?.execute([shard])?;
+    disown(c, shard)?;
     Ok(Released::Done)
+}
+
+fn disown(c: &Connection, shard: u32) -> rusqlite::Result<()> {
+    c.prepare_cached("UPDATE shard SET owner = NULL WHERE shard = ?1")?.execute([shard])?;
+    Ok(())
 }
 
 fn commit(c: &Connection, me: &MemberId, batch: &ShardBatch) -> rusqlite::Result<Outcome> {
@@ -570,6 +586,9 @@ fn commit(c: &Connection, me: &MemberId, batch: &ShardBatch) -> rusqlite::Result
     if let Some(watermark) = batch.watermark {
         c.prepare_cached("UPDATE shard SET watermark = max(watermark, ?2) WHERE shard = ?1")?
             .execute(params![batch.shard, int(watermark)])?;
+    }
+    if batch.release {
+        disown(c, batch.shard)?;
     }
     Ok(Outcome::Committed)
 }

@@ -2,10 +2,12 @@
 //!
 //! The arithmetic is that of the HorizontalPodAutoscaler (autoscaling/v2, `pkg/controller/podautoscaler` upstream):
 //! tolerance, members that are not ready or have no reading, stabilization windows, policies, the metric that asks for
-//! most wins. Three things differ, on purpose:
+//! most wins. Four things differ, on purpose:
 //!
 //! - It computes from what runs (members that serve or start), not from a desired number that may never have come true.
 //! - The fullest member counts too, not only the mean: long connections and heavy shards don't spread by themselves.
+//! - A `Value` target counts members that start as well as those that serve, and never asks for a change against its
+//!   own direction.
 //! - Doubt never scales in. Whatever is not known from nearly all members, for the whole window, counts as "as many as
 //!   now"; scaling out goes on from what is left.
 //!
@@ -58,6 +60,8 @@ pub enum MemberState {
 pub struct Reading {
     /// The values.
     pub values: Values,
+    /// Whose words these are, for people: `from Prometheus`.
+    pub origin: String,
     /// When the source itself started, if that is known: a young one may be empty without meaning it.
     pub source_started_at: Option<Duration>,
 }
@@ -67,8 +71,8 @@ pub struct Reading {
 pub enum Values {
     /// One for each member, by its name.
     PerMember(BTreeMap<String, Sample>),
-    /// One for the whole tier.
-    Total(Sample),
+    /// One for the whole tier; `None` = the source answered, with nothing.
+    Total(Option<Sample>),
     /// The source gave none; why.
     Failed(String),
 }
@@ -93,6 +97,8 @@ pub enum MetricState {
     Stale,
     /// No value, and the source started just now.
     EmptyAfterRestart,
+    /// A value for the whole tier of a source that started just now: it may not have everything yet that is added up.
+    Settling,
     /// Fresh values of some members only.
     Partial {
         /// Members with a fresh value.
@@ -102,6 +108,20 @@ pub enum MetricState {
     },
 }
 
+impl MetricState {
+    /// One word, for a label.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fresh => "fresh",
+            Self::NoData => "no data",
+            Self::Stale => "stale",
+            Self::EmptyAfterRestart => "empty after restart",
+            Self::Settling => "settling",
+            Self::Partial { .. } => "partial",
+        }
+    }
+}
+
 impl fmt::Display for MetricState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -109,6 +129,7 @@ impl fmt::Display for MetricState {
             Self::NoData => f.write_str("no data"),
             Self::Stale => f.write_str("only stale values"),
             Self::EmptyAfterRestart => f.write_str("the metrics source has just restarted and is empty"),
+            Self::Settling => f.write_str("the metrics source has just restarted: its sum may be of a part only"),
             Self::Partial { fresh, ready } => write!(f, "values of {fresh} of {ready} members only"),
         }
     }
@@ -186,8 +207,12 @@ impl History {
         }
         self.last_seen = Some((now, current));
         let old = |at: &Duration| now.saturating_sub(*at) > HISTORY_AGE_MAX;
-        while self.recommendations.front().is_some_and(|(at, _)| old(at)) || self.recommendations.len() >= HISTORY_MAX {
+        while let Some((at, _)) = self.recommendations.front().copied()
+            && (old(&at) || self.recommendations.len() >= HISTORY_MAX)
+        {
             self.recommendations.pop_front();
+            // Forgotten for want of room is not looked at.
+            self.began = self.began.max((!old(&at)).then_some(at));
         }
         while self.changes.front().is_some_and(|(at, _)| old(at)) || self.changes.len() >= HISTORY_MAX {
             self.changes.pop_front();
@@ -222,7 +247,8 @@ pub fn decide(input: &Input<'_>, mut history: History) -> (Decision, History) {
     let mut metrics = Vec::new();
     let mut wanted: Option<u32> = None;
     for (i, metric) in spec.metrics.iter().enumerate() {
-        let missing = Reading { values: Values::Failed("not read".into()), source_started_at: None };
+        let missing =
+            Reading { values: Values::Failed("not read".into()), origin: String::new(), source_started_at: None };
         let proposal = replicas::propose(input, current, metric, input.readings.get(i).unwrap_or(&missing));
         because.extend(proposal.because);
         metrics.push(proposal.state);
@@ -348,5 +374,7 @@ fn apply_policies(chain: &mut Chain, input: &Input<'_>, history: &History, curre
     chain.limit(allowed, Limit::Policy, "policies allow no more change now".into());
 }
 
+#[cfg(test)]
+mod comparison;
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,7 @@
 #![allow(clippy::expect_used, reason = "a test's own expectations")]
 
 use super::*;
-use im_crds::{Behavior, BuiltIn, BuiltInMetric, Target, TargetType};
+use im_crds::{Behavior, BuiltIn, BuiltInMetric, PrometheusMetric, QueryTarget, QueryTargetType, Target, TargetType};
 use proptest::prelude::*;
 
 const NOW: Duration = Duration::from_secs(10_000);
@@ -31,7 +31,7 @@ fn members(ready: usize, starting: usize) -> Vec<Member> {
 fn per_member(now: Duration, values: &[Option<f64>]) -> Reading {
     let named =
         values.iter().enumerate().filter_map(|(i, v)| v.map(|value| (format!("m{i}"), Sample { value, at: now })));
-    Reading { values: Values::PerMember(named.collect()), source_started_at: None }
+    Reading { values: Values::PerMember(named.collect()), origin: String::new(), source_started_at: None }
 }
 
 fn all(now: Duration, values: &[f64]) -> Reading {
@@ -107,14 +107,87 @@ fn the_metric_that_asks_for_most_wins() {
 }
 
 #[test]
-fn one_value_for_the_whole_tier() {
+fn one_value_for_the_whole_tier_of_which_each_has_a_share() {
     for (total, running, expected) in
         [(8_600.0, 1, 4), (8_600.0, 3, 4), (6_000.0, 5, 3), (8_000.0, 4, 4), (9_900.0, 5, 5)]
     {
         let spec = free(vec![metric(BuiltIn::MessagesPerSecond, 2_150)]);
-        let reading = Reading { values: Values::Total(Sample { value: total, at: NOW }), source_started_at: None };
+        let reading = Reading {
+            values: Values::Total(Some(Sample { value: total, at: NOW })),
+            origin: String::new(),
+            source_started_at: None,
+        };
         assert_eq!(once(&spec, &members(running, 0), &[reading]).replicas, expected, "{total} over {running}");
     }
+}
+
+fn query(kind: QueryTargetType, value: f64, per_pod: bool) -> im_crds::Metric {
+    im_crds::Metric::Prometheus(PrometheusMetric {
+        query: "sum(work)".into(),
+        target: QueryTarget { kind, value },
+        per_pod,
+    })
+}
+
+fn total(value: f64) -> Reading {
+    let sample = Sample { value, at: NOW };
+    Reading { values: Values::Total(Some(sample)), origin: "from Prometheus".into(), source_started_at: None }
+}
+
+/// Upstream's `TestReplicaCalcScaleUpExternal…`, and what starts is not forgotten.
+#[test]
+fn a_value_that_is_to_stay_where_it_is_however_many_members() {
+    // value, target, serve, start, expected
+    let cases: &[(f64, f64, usize, usize, u32)] = &[
+        (8_600.0, 4_400.0, 1, 0, 2),
+        (8_600.0, 8_800.0, 3, 0, 3),
+        (8_600.0, 2_867.0, 3, 0, 9),
+        (6_000.0, 9_000.0, 5, 0, 4),
+        (0.5, 0.2, 2, 0, 5),
+        (0.22, 0.2, 2, 0, 2),
+        // 1.3 times of two are three, but four run already: the value has not heard of them yet.
+        (1.3, 1.0, 2, 2, 4),
+        (0.5, 1.0, 2, 2, 1),
+        (0.0, 1.0, 3, 0, 1),
+        (9.0, 1.0, 0, 2, 2),
+    ];
+    for (value, target, serve, start, expected) in cases {
+        let spec = free(vec![query(QueryTargetType::Value, *target, false)]);
+        let decision = once(&spec, &members(*serve, *start), &[total(*value)]);
+        assert_eq!(decision.replicas, *expected, "{value} of {target}, {serve} + {start}\n{decision:#?}");
+    }
+}
+
+#[test]
+fn own_queries_have_shares_of_a_sum_or_a_value_each() {
+    let spec = free(vec![query(QueryTargetType::AverageValue, 250.5, false)]);
+    let decision = once(&spec, &members(2, 0), &[total(1_002.0)]);
+    assert_eq!(decision.replicas, 4);
+    assert_eq!(decision.because, ["`sum(work)`: 1002.0 in all, target 250.5 each: 4, from Prometheus"]);
+    let spec = free(vec![query(QueryTargetType::AverageValue, 100.0, true)]);
+    assert_eq!(once(&spec, &members(3, 0), &[all(NOW, &[150.0; 3])]).replicas, 5);
+    assert_eq!(once(&spec, &members(3, 0), &[all(NOW, &[150.0, 30.0, 30.0])]).replicas, 4, "the fullest counts");
+}
+
+#[test]
+fn a_sum_is_doubted_where_it_can_be_of_a_part() {
+    let spec = free(vec![query(QueryTargetType::AverageValue, 100.0, false)]);
+    let running = members(4, 0);
+    let young = Some(NOW - Duration::from_secs(100));
+    let settled = Some(NOW - SOURCE_SETTLES);
+    let state = |values: Values, source_started_at| {
+        let reading = Reading { values, origin: String::new(), source_started_at };
+        let decision = once(&spec, &running, &[reading]);
+        (decision.replicas, decision.metrics[0])
+    };
+    let at = |value, age| Values::Total(Some(Sample { value, at: NOW - Duration::from_secs(age) }));
+    assert_eq!(state(at(100.0, 0), settled), (1, MetricState::Fresh));
+    assert_eq!(state(at(100.0, 0), young), (4, MetricState::Settling));
+    assert_eq!(state(at(900.0, 0), young), (9, MetricState::Settling), "out on what is there");
+    assert_eq!(state(at(900.0, 31), settled), (4, MetricState::Stale));
+    assert_eq!(state(at(f64::NAN, 0), settled), (4, MetricState::NoData));
+    assert_eq!(state(Values::Total(None), settled), (4, MetricState::NoData));
+    assert_eq!(state(Values::Total(None), young), (4, MetricState::EmptyAfterRestart));
 }
 
 #[test]
@@ -154,9 +227,12 @@ fn each_metric_state_is_told_apart_and_never_scales_in() {
     let stale = NOW - SAMPLE_AGE_MAX - Duration::from_secs(1);
     let none = || Values::PerMember(BTreeMap::new());
     for (reading, state) in [
-        (Reading { values: Values::Failed("timeout".into()), source_started_at: None }, MetricState::NoData),
-        (Reading { values: none(), source_started_at: None }, MetricState::NoData),
-        (Reading { values: none(), source_started_at: young }, MetricState::EmptyAfterRestart),
+        (
+            Reading { values: Values::Failed("timeout".into()), origin: String::new(), source_started_at: None },
+            MetricState::NoData,
+        ),
+        (Reading { values: none(), origin: String::new(), source_started_at: None }, MetricState::NoData),
+        (Reading { values: none(), origin: String::new(), source_started_at: young }, MetricState::EmptyAfterRestart),
         (all(stale, &[1.0; 4]), MetricState::Stale),
         (all(NOW, &[f64::NAN, -1.0, f64::INFINITY]), MetricState::NoData),
         (all(NOW, &[1.0, 1.0]), MetricState::Partial { fresh: 2, ready: 4 }),
@@ -169,7 +245,7 @@ fn each_metric_state_is_told_apart_and_never_scales_in() {
 
     // Out on what is left: one metric is away, the other asks for more; or for less.
     let spec = free(vec![metric(BuiltIn::Connections, 100), metric(BuiltIn::MessagesPerSecond, 100)]);
-    let away = || Reading { values: Values::Failed("timeout".into()), source_started_at: None };
+    let away = || Reading { values: Values::Failed("timeout".into()), origin: String::new(), source_started_at: None };
     assert_eq!(once(&spec, &running, &[away(), all(NOW, &[200.0; 4])]).replicas, 8);
     let held = once(&spec, &running, &[away(), all(NOW, &[10.0; 4])]);
     assert_eq!((held.replicas, held.limited), (4, Some(Limit::Doubt)));
@@ -198,7 +274,7 @@ fn play(spec: &Autoscaling, start: usize, seconds: u64, load: impl Fn(u64) -> Op
         let now = NOW + Duration::from_secs(t);
         let reading = match load(t) {
             Some(total) => all(now, &vec![total / running as f64; running]),
-            None => Reading { values: Values::Failed("away".into()), source_started_at: None },
+            None => Reading { values: Values::Failed("away".into()), origin: String::new(), source_started_at: None },
         };
         let members = members(running, 0);
         let input = Input { now, spec, members: &members, ordered: 0, readings: std::slice::from_ref(&reading) };
@@ -309,9 +385,9 @@ proptest! {
                 let named = values.into_iter().enumerate().filter_map(|(i, sample)| {
                     sample.map(|(value, age)| (format!("m{i}"), Sample { value, at: now - Duration::from_secs(age) }))
                 });
-                Reading { values: Values::PerMember(named.collect()), source_started_at: None }
+                Reading { values: Values::PerMember(named.collect()), origin: String::new(), source_started_at: None }
             };
-            let failed = Reading { values: Values::Failed("away".into()), source_started_at: None };
+            let failed = Reading { values: Values::Failed("away".into()), origin: String::new(), source_started_at: None };
             let readings = [reading(first), if one_fails && round % 4 == 0 { failed } else { reading(second) }];
             let starting = starting.min(running);
             let members = members(running - starting, starting);

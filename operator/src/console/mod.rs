@@ -1,5 +1,7 @@
 //! The console: the status as JSON, a page that draws it, and the table of `imcluster status`.
 
+use crate::control::Clusters;
+use crate::control::proposal::APPROVE_ANNOTATION;
 use crate::control::status::{Status, TierStatus};
 use crate::metrics::{ScrapeError, export, get};
 use axum::Router;
@@ -10,6 +12,7 @@ use axum::routing::get as on_get;
 use hyper_util::rt::TokioIo;
 use std::fmt::Write;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -18,17 +21,24 @@ use tokio::sync::watch;
 const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The console's HTTP service: `/` draws, `/status` is the JSON document, `/metrics`, `/healthz`.
-pub fn router(status: watch::Receiver<Status>) -> Router {
+pub fn router(status: watch::Receiver<Status>, clusters: Arc<Clusters>) -> Router {
     Router::new()
         .route("/", on_get(async || Html(include_str!("page.html"))))
         .route("/status", on_get(show_status))
         .route("/metrics", on_get(show_metrics))
         .route("/healthz", on_get(async || "ok\n"))
-        .with_state(status)
+        .with_state(Shown { status, clusters })
 }
 
-async fn show_status(State(status): State<watch::Receiver<Status>>) -> Response {
-    match serde_json::to_vec(&*status.borrow()) {
+/// What the pages are made of.
+#[derive(Clone)]
+struct Shown {
+    status: watch::Receiver<Status>,
+    clusters: Arc<Clusters>,
+}
+
+async fn show_status(State(shown): State<Shown>) -> Response {
+    match serde_json::to_vec(&*shown.status.borrow()) {
         Ok(json) => {
             ([(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")], json).into_response()
         }
@@ -36,8 +46,8 @@ async fn show_status(State(status): State<watch::Receiver<Status>>) -> Response 
     }
 }
 
-async fn show_metrics(State(status): State<watch::Receiver<Status>>) -> Response {
-    match export(&status.borrow()) {
+async fn show_metrics(State(shown): State<Shown>) -> Response {
+    match export(&shown.status.borrow(), |registry| shown.clusters.register(registry)) {
         Ok(page) => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, kind)], page).into_response()
@@ -113,7 +123,13 @@ fn draw(out: &mut String, status: &Status) -> std::fmt::Result {
         writeln!(out, "  over half of the members fell silent at once: nothing is taken from them for up to 15 s")?;
     }
     if let Some(proposal) = &shards.proposal {
-        writeln!(out, "  proposed: {} moves, plan {}", proposal.moves, proposal.hash)?;
+        writeln!(out, "\nPROPOSED  approve with the annotation {APPROVE_ANNOTATION}: \"{}\"", proposal.hash)?;
+        for sentence in &proposal.what {
+            writeln!(out, "  {sentence}")?;
+        }
+    }
+    for problem in shards.stale_approval.iter().chain(&shards.waits) {
+        writeln!(out, "  {problem}")?;
     }
     let nobody = || "nobody".to_owned();
     for moving in shards.moves.iter().take(8) {

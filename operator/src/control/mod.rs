@@ -1,40 +1,40 @@
 //! The control service: members report to it and get the map from it, in the manner of xDS.
 //!
-//! One loop ([`Leader`]) owns the coordinator of the shards and the state of both tiers. It hears the members, the
-//! platform and the clock, asks the pure decisions what to do, and does it through outboxes and the platform. It blocks
-//! on nobody: who doesn't answer is dealt with by deadlines of the decisions.
+//! One loop per ImCluster ([`Leader`]) owns the coordinator of its shards and the state of both tiers. It hears the
+//! members, the platform and the clock, asks the pure decisions what to do, and does it through outboxes and the platform.
+//! It blocks on nobody: who doesn't answer is dealt with by deadlines of the decisions. [`Clusters`] takes each member to
+//! the loop of its cluster, or tells it who leads if this process does not.
 
+mod clusters;
 mod leader;
+pub mod proposal;
 mod scaling;
 mod service;
 pub mod status;
 pub mod tiers;
 
-pub use leader::{Leader, Setup};
+pub use clusters::{ClusterKey, Clusters, Leadership, Led};
+pub use leader::Setup;
 
 use crate::console;
+use crate::metrics;
 use crate::platform::process::ProcessPlatform;
 use crate::platform::{Platform, PlatformError};
-use crate::shards::{ShardMap, Timing};
 use crate::up::data_dir::{DataDir, DataDirError, write_atomically};
-use im_crds::ShardMapSpec;
 use im_proto::control::control_server::ControlServer;
-use im_proto::ids::MemberId;
-use serde::{Deserialize, Serialize};
-use status::Status;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-/// Reports of all members that wait for the loop.
-const INCOMING_MAX: usize = 4_096;
+/// The largest report of a member, bytes.
+const REPORT_BYTES_MAX: usize = 16 << 20;
 /// Between attempts to open the console's port.
 const CONSOLE_RETRY: Duration = Duration::from_secs(2);
 
@@ -55,7 +55,7 @@ pub enum ControlError {
     /// The data directory can't be used.
     #[error(transparent)]
     DataDir(#[from] DataDirError),
-    /// The supervisor is not there, or what it says can't be used.
+    /// What runs, or the map, can't be read or written; [`PlatformError::Outranked`]: another one leads this cluster.
     #[error(transparent)]
     Platform(#[from] PlatformError),
     /// An address is taken, or a file can't be written.
@@ -69,47 +69,19 @@ pub enum ControlError {
     /// The gRPC server ended.
     #[error("the control service ended: {0}")]
     Server(#[from] tonic::transport::Error),
+    /// The loop of a cluster ended by a fault of its own.
+    #[error("the loop that decides for {cluster} broke off: {reason}; it is in the log above")]
+    Broken {
+        /// The cluster.
+        cluster: ClusterKey,
+        /// What is known.
+        reason: String,
+    },
 }
 
 fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> ControlError {
     let what = what.into();
     move |source| ControlError::Io { what, source }
-}
-
-/// What survives control's own end: the map, and where its owners listen.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct StoredMap {
-    /// The map.
-    pub map: ShardMapSpec,
-    /// The Link address of each business member that is known.
-    pub links: BTreeMap<String, String>,
-}
-
-impl StoredMap {
-    /// Reads it; `None` if there is none that can be used. Then the members and the store's rows tell what is: a lost map
-    /// costs time, never messages.
-    pub fn read(path: &Path, shards: u32) -> Option<(ShardMap, BTreeMap<MemberId, String>)> {
-        let bytes = std::fs::read(path).ok()?;
-        let damaged = |reason: String| tracing::warn!("{} is not used: {reason}", path.display());
-        let stored: Self = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string())).ok()?;
-        let map = ShardMap::from_spec(&stored.map).map_err(|error| damaged(error.to_string())).ok()?;
-        if map.shards() != shards {
-            damaged(format!("it has {} shards, the cluster {shards}", map.shards()));
-            return None;
-        }
-        let links =
-            stored.links.iter().filter_map(|(member, link)| Some((MemberId::parse(member).ok()?, link.clone())));
-        Some((map, links.collect()))
-    }
-
-    /// Replaces what is stored.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn write(&self, path: &Path) -> std::io::Result<()> {
-        write_atomically(path, &serde_json::to_vec(self).map_err(std::io::Error::other)?)
-    }
 }
 
 /// Runs control under the supervisor of `options.data_dir` until SIGTERM.
@@ -119,59 +91,52 @@ impl StoredMap {
 pub async fn run(options: Options) -> Result<(), ControlError> {
     let data = DataDir::open(&options.data_dir)?;
     let endpoints = data.endpoints()?;
+    let token = data.secrets()?.link_token;
     let mut terminations = signal(SignalKind::terminate()).map_err(io("SIGTERM"))?;
     let platform = Arc::new(ProcessPlatform::connect(data.clone(), options.paths_from.clone()).await?);
     let listener = TcpListener::bind(endpoints.control).await.map_err(io(endpoints.control.to_string()))?;
 
-    let (status, shown) = watch::channel(Status::default());
+    // The only control of this machine leads for good.
+    let (_leads, leadership) = watch::channel(Leadership::Leading);
+    let clusters = Clusters::new(leadership);
+    let key = ClusterKey::of(&platform.cluster()?);
+    let metrics = metrics::Setup { reads_files: true, ..metrics::Setup::default() };
+    let mut led = clusters.lead(key, token, platform.clone(), Setup { metrics, ..Setup::default() });
+
     let socket = data.status_socket();
     let _ = std::fs::remove_file(&socket);
     let at_socket = UnixListener::bind(&socket).map_err(io("run/status.sock"))?;
-    let router = console::router(shown.clone());
+    let router = console::router(led.status.clone(), clusters.clone());
+    let at_port = router.clone();
     tokio::spawn(async move { axum::serve(at_socket, router).await });
     if let Ok(address) = options.console.parse::<SocketAddr>() {
-        tokio::spawn(open_console(address, shown, data.clone(), platform.clone()));
+        tokio::spawn(open_console(address, at_port, data.clone(), platform));
     }
-
-    let setup = Setup { map_file: data.shard_map(), timing: Timing::default() };
     tokio::select! {
-        ended = serve(platform, listener, setup, status) => ended,
+        ended = serve(clusters, listener) => ended,
+        ended = led.ended() => ended,
         _ = terminations.recv() => Ok(()),
     }
 }
 
-/// Serves members on `listener` and decides, for ever.
+/// Serves the members of all clusters on `listener`, for ever.
 ///
 /// # Errors
-/// [`ControlError`] when the cluster or the map file can't be read or written at the start, or the server ends.
-pub async fn serve<P: Platform>(
-    platform: Arc<P>,
-    listener: TcpListener,
-    setup: Setup,
-    status: watch::Sender<Status>,
-) -> Result<(), ControlError> {
-    let (incoming, inbox) = mpsc::channel(INCOMING_MAX);
-    let leader = Leader::new(platform, setup, status)?;
-    let service = ControlServer::new(service::ControlService::new(incoming)).max_decoding_message_size(16 << 20);
+/// [`ControlError::Server`].
+pub async fn serve(clusters: Arc<Clusters>, listener: TcpListener) -> Result<(), ControlError> {
+    let service =
+        ControlServer::new(service::ControlService::new(clusters)).max_decoding_message_size(REPORT_BYTES_MAX);
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(2)))
         .http2_keepalive_timeout(Some(Duration::from_secs(4)))
         .tcp_nodelay(true)
         .add_service(service)
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
-    tokio::select! {
-        ended = server => Ok(ended?),
-        () = leader.run(inbox) => Ok(()),
-    }
+    Ok(server.await?)
 }
 
 /// Opens the console's port, as soon as it is free, and says where it is.
-async fn open_console(
-    address: SocketAddr,
-    status: watch::Receiver<Status>,
-    data: DataDir,
-    platform: Arc<ProcessPlatform>,
-) {
+async fn open_console(address: SocketAddr, router: axum::Router, data: DataDir, platform: Arc<ProcessPlatform>) {
     let mut complained = false;
     let listener = loop {
         match TcpListener::bind(address).await {
@@ -192,10 +157,10 @@ async fn open_console(
         tracing::error!("run/console.json: {error}");
     }
     let addresses = BTreeMap::from([("console".to_owned(), address.to_string())]);
-    if let Err(error) = platform.describe("control", std::process::id(), addresses).await {
+    if let Err(error) = platform.describe("control", &std::process::id().to_string(), addresses).await {
         tracing::warn!("members.json does not show the console: {error}");
     }
-    if let Err(error) = axum::serve(listener, console::router(status)).await {
+    if let Err(error) = axum::serve(listener, router).await {
         tracing::error!("the console ended: {error}");
     }
 }

@@ -1,11 +1,13 @@
 //! The gRPC service: one stream per member, reports up, commands down.
 //!
-//! Reports of all members go through one bounded queue to the one loop that decides; commands go through a bounded outbox
+//! Reports of all members of a cluster go through one bounded queue to the one loop that decides for it; commands go through a bounded outbox
 //! per member, in which a newer map takes the place of one not yet sent.
 
+use super::clusters::{Clusters, Refusal};
 use futures::Stream;
 use im_proto::control::control_server::Control;
 use im_proto::control::{self as wire, Command, Report, command, report};
+use im_proto::dial::CLUSTER_METADATA;
 use im_proto::ids::MemberId;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -14,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
-use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -89,7 +90,7 @@ impl Outbox {
 }
 
 /// The member's side of an [`Outbox`].
-pub struct Commands(Arc<Outbox>);
+struct Commands(Arc<Outbox>);
 
 impl Stream for Commands {
     type Item = Result<Command, Status>;
@@ -119,28 +120,44 @@ impl Drop for Commands {
     }
 }
 
-/// The service; its decisions are made by whoever reads the other end of `incoming`.
+/// The service of all clusters; decisions are made by whoever reads the other end of a cluster's queue.
 pub(super) struct ControlService {
-    incoming: mpsc::Sender<Incoming>,
+    clusters: Arc<Clusters>,
     streams: AtomicU64,
 }
 
 impl ControlService {
-    pub(super) fn new(incoming: mpsc::Sender<Incoming>) -> Self {
-        Self { incoming, streams: AtomicU64::new(0) }
+    pub(super) fn new(clusters: Arc<Clusters>) -> Self {
+        Self { clusters, streams: AtomicU64::new(0) }
     }
 }
 
 #[tonic::async_trait]
 impl Control for ControlService {
-    type JoinStream = Commands;
+    type JoinStream = Pin<Box<dyn Stream<Item = Result<Command, Status>> + Send>>;
 
-    async fn join(&self, request: Request<Streaming<Report>>) -> Result<Response<Commands>, Status> {
+    async fn join(&self, request: Request<Streaming<Report>>) -> Result<Response<Self::JoinStream>, Status> {
+        let text = |key| request.metadata().get(key).and_then(|value| value.to_str().ok());
+        let token = text("authorization").and_then(|value| value.strip_prefix("Bearer "));
+        let incoming = match self.clusters.route(text(CLUSTER_METADATA), token) {
+            Ok(incoming) => incoming,
+            Err(Refusal::NotLeader(leader)) => {
+                let not_leader = wire::NotLeader { address: leader.unwrap_or_default() };
+                let command = Command { term: 0, command: Some(command::Command::NotLeader(not_leader)) };
+                return Ok(Response::new(Box::pin(tokio_stream::once(Ok(command)))));
+            }
+            Err(Refusal::UnknownCluster(key)) => {
+                return Err(Status::not_found(format!("nobody decides for the cluster {key} here: join again")));
+            }
+            Err(Refusal::Unauthenticated) => {
+                tracing::warn!(from = ?request.remote_addr(), "a member with a wrong token, or none, is refused");
+                return Err(Status::unauthenticated("joining needs the cluster's token: check linkToken"));
+            }
+        };
         let mut reports = request.into_inner();
         let stream = self.streams.fetch_add(1, Ordering::Relaxed);
         let outbox = Arc::new(Outbox::default());
         let commands = Commands(outbox.clone());
-        let incoming = self.incoming.clone();
         // The answer's headers must not wait for the first report: a client may wait for them before it sends anything.
         tokio::spawn(async move {
             let member = match hello(&mut reports).await {
@@ -165,7 +182,7 @@ impl Control for ControlService {
             outbox.close();
             let _ = incoming.send(Incoming::Left { stream, member }).await;
         });
-        Ok(Response::new(commands))
+        Ok(Response::new(Box::pin(commands)))
     }
 }
 

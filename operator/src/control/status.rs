@@ -87,6 +87,9 @@ pub struct MemberStatus {
     /// It sheds its connections.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub draining: Option<bool>,
+    /// How far it is with giving away what it holds, if it is to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainStatus>,
     /// Shards that it owns.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shards: Option<u32>,
@@ -100,6 +103,26 @@ pub struct MemberStatus {
     pub messages_per_second: f64,
     /// CPU used, in cores.
     pub cpu_cores: f64,
+}
+
+/// How far a member is with giving away what it holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrainStatus {
+    /// What it held when it began: connections, or shards.
+    pub held_at_start: u64,
+    /// What it still holds.
+    pub held: u64,
+    /// About how long the rest takes at the pace so far, seconds; `None` while nothing has gone.
+    pub seconds_left: Option<u64>,
+}
+
+impl DrainStatus {
+    pub(super) fn new(held_at_start: u64, held: u64, since: Duration) -> Self {
+        let gone = held_at_start.saturating_sub(held);
+        let left = |gone: u64| (since.as_secs_f64() * held as f64 / gone as f64).ceil() as u64;
+        Self { held_at_start, held, seconds_left: if held == 0 { Some(0) } else { (gone > 0).then(|| left(gone)) } }
+    }
 }
 
 /// The shards.
@@ -129,6 +152,12 @@ pub struct Shards {
     /// What is proposed while the mode is `Recommend`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proposal: Option<Proposal>,
+    /// Why the last approval led to nothing, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale_approval: Option<String>,
+    /// Why planned moves wait, if they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waits: Option<String>,
 }
 
 /// One shard under way.
@@ -145,14 +174,16 @@ pub struct MoveStatus {
     pub phase: String,
 }
 
-/// A plan that nobody has approved.
+/// Something that nobody has approved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Proposal {
-    /// Hash of its content.
+    /// The value of the annotation `imcluster.dev/approve` that approves it.
     pub hash: String,
     /// How many shards would move.
     pub moves: usize,
+    /// One sentence for each thing that would be done.
+    pub what: Vec<String>,
 }
 
 /// What can be said, and why.
@@ -235,6 +266,16 @@ pub fn rfc3339(at: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_drain_tells_how_long_it_takes_at_its_pace() {
+        let after = Duration::from_secs(30);
+        for (first, held, left) in
+            [(100, 100, None), (100, 25, Some(10)), (100, 0, Some(0)), (0, 0, Some(0)), (5, 9, None)]
+        {
+            assert_eq!(DrainStatus::new(first, held, after).seconds_left, left, "{held} of {first}");
+        }
+    }
 
     #[test]
     fn moments_are_written_as_in_rfc_3339() {

@@ -6,7 +6,6 @@
 //! time: one more is started, and once all are ready an outdated one leaves.
 
 use crate::platform::Tier;
-use std::collections::BTreeSet;
 
 /// How far a member is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,8 +28,8 @@ pub enum Stage {
 /// A member of the tier, as a round sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TierMember {
-    /// Its number within the tier.
-    pub index: u32,
+    /// Its name.
+    pub name: String,
     /// How far it is.
     pub stage: Stage,
     /// What it holds: connections, or shards.
@@ -40,78 +39,82 @@ pub struct TierMember {
 }
 
 /// What a round does with a member.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Step {
-    /// Start a new one.
+    /// Start so many new ones.
     Start(u32),
     /// Begin to move away what it holds.
-    Leave(u32),
+    Leave(String),
     /// Keep it after all.
-    Return(u32),
+    Return(String),
     /// End its process.
-    Stop(u32),
+    Stop(String),
 }
 
-/// The next steps towards `desired` members.
-pub fn next_steps(tier: Tier, desired: u32, members: &[TierMember]) -> Vec<Step> {
+/// The next steps towards `desired` members of which some are there, the oldest first, and `ordered` more were asked for.
+pub fn next_steps(tier: Tier, desired: u32, members: &[TierMember], ordered: u32) -> Vec<Step> {
     let mut steps = Vec::new();
     let mut leaving: Vec<&TierMember> = Vec::new();
     for member in members {
         if let Stage::Leaving { empty, overdue } = member.stage {
             match (empty, overdue, tier) {
                 // The rest of an overdue gateway's connections is closed by its own end.
-                (true, _, _) | (_, true, Tier::Gateway) => steps.push(Step::Stop(member.index)),
+                (true, _, _) | (_, true, Tier::Gateway) => steps.push(Step::Stop(member.name.clone())),
                 // Shards that could not be moved would be without owner for a moment: it rather stays.
-                (false, true, Tier::Business) => steps.push(Step::Return(member.index)),
+                (false, true, Tier::Business) => steps.push(Step::Return(member.name.clone())),
                 (false, false, _) => leaving.push(member),
             }
         }
     }
     let serves = |member: &&TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
-    let serving: Vec<&TierMember> = members.iter().filter(serves).collect();
-    let all_ready = serving.iter().all(|member| member.stage == Stage::Ready);
+    // The youngest first.
+    let serving: Vec<&TierMember> = members.iter().rev().filter(serves).collect();
+    let all_ready = ordered == 0 && serving.iter().all(|member| member.stage == Stage::Ready);
     let surge = u32::from(serving.iter().any(|member| member.outdated));
-    let count = serving.len() as u32;
+    let count = serving.len() as u32 + ordered;
     let allowed = if all_ready { desired } else { desired + surge };
 
     if count < desired + surge {
         let mut missing = desired + surge - count;
         // The least drained first: it has most left to keep.
         leaving.retain(|member| !member.outdated);
-        leaving.sort_by_key(|member| (std::cmp::Reverse(member.cost), member.index));
+        leaving.sort_by_key(|member| std::cmp::Reverse(member.cost));
         for member in leaving {
             if missing > 0 {
-                steps.push(Step::Return(member.index));
+                steps.push(Step::Return(member.name.clone()));
                 missing -= 1;
             }
         }
-        let taken: BTreeSet<u32> = members.iter().map(|member| member.index).collect();
-        steps.extend((0..).filter(|index| !taken.contains(index)).take(missing as usize).map(Step::Start));
+        if missing > 0 {
+            steps.push(Step::Start(missing));
+        }
     } else if count > allowed {
         let mut excess = (count - allowed) as usize;
         // Who never got ready and holds nothing goes first, all in one step, and needs no leaving. While outdated members
         // are being replaced their successors are exactly such members, and are spared.
-        let mut idle: Vec<&&TierMember> =
-            serving.iter().filter(|member| member.stage == Stage::Starting && member.cost == 0).collect();
-        idle.sort_by_key(|member| (!member.outdated, std::cmp::Reverse(member.index)));
-        for member in idle.into_iter().take(excess) {
-            steps.push(Step::Stop(member.index));
-            excess -= 1;
+        let (mut idle, mut ready) = (Vec::new(), Vec::new());
+        let mut lost = 0;
+        for member in serving {
+            match member.stage {
+                Stage::Ready => ready.push(member),
+                _ if member.cost == 0 => idle.push(member),
+                _ => lost += 1,
+            }
         }
-        let mut ready: Vec<&&TierMember> = serving.iter().filter(|member| member.stage == Stage::Ready).collect();
-        let rest_ready =
-            serving.iter().filter(|member| member.stage != Stage::Ready).count() == count_stops(&steps, &serving);
-        if rest_ready {
-            ready.sort_by_key(|member| (!member.outdated, member.cost, std::cmp::Reverse(member.index)));
-            steps.extend(ready.into_iter().take(excess).map(|member| Step::Leave(member.index)));
+        let unready = idle.len() + lost + ordered as usize;
+        idle.sort_by_key(|member| !member.outdated);
+        let stopped = idle.into_iter().take(excess).map(|member| Step::Stop(member.name.clone()));
+        let before = steps.len();
+        steps.extend(stopped);
+        let stopped = steps.len() - before;
+        excess -= stopped;
+        // Nobody leaves while another that is to stay is not ready.
+        if unready == stopped {
+            ready.sort_by_key(|member| (!member.outdated, member.cost));
+            steps.extend(ready.into_iter().take(excess).map(|member| Step::Leave(member.name.clone())));
         }
     }
     steps
-}
-
-/// How many of the serving members are already to be stopped.
-fn count_stops(steps: &[Step], serving: &[&TierMember]) -> usize {
-    serving.iter().filter(|member| steps.contains(&Step::Stop(member.index))).count()
 }
 
 /// Connections a second that one draining gateway may shed: its part of what the others can take in. A fifth of their
@@ -123,36 +126,81 @@ pub fn drain_rate(rate_max: u32, connect_rate: u32, connections_max: u32, draini
     intake.min(f64::from(rate_max)).min(room as f64) / draining.max(1) as f64
 }
 
+/// A gateway this much above the mean sheds some of its connections …
+const CROWDED: f64 = 1.5;
+/// … until it is only so much above it.
+const LEVEL: f64 = 1.1;
+/// Fewer than so many above the mean are not worth a reconnect.
+const CROWD_MIN: f64 = 100.0;
+/// … and so few are left where they are once it has begun.
+const CROWD_LEFT: f64 = 20.0;
+/// In about that time the crowd has gone, if there is room.
+const LEVEL_SECONDS: f64 = 60.0;
+/// The part of what others can take in that levelling may use: drains, which can't wait, have the rest.
+const LEVEL_PART: f64 = 0.25;
+
+/// Connections a second that a gateway which serves is to shed because it holds `own` and the `others` far fewer, as after
+/// a scale-out: long-lived connections don't move by themselves. `None`: it keeps them. `sheds`: it does so already.
+pub fn level_rate(
+    own: u64,
+    sheds: bool,
+    rate_max: u32,
+    connect_rate: u32,
+    connections_max: u32,
+    others: &[u64],
+) -> Option<f64> {
+    let own = own as f64;
+    let mean = (own + others.iter().map(|held| *held as f64).sum::<f64>()) / (others.len() + 1) as f64;
+    let begins = own > mean * CROWDED && own - mean >= CROWD_MIN;
+    let goes_on = sheds && own > mean * LEVEL && own - mean >= CROWD_LEFT;
+    if !(begins || goes_on) {
+        return None;
+    }
+    let below: Vec<u64> = others.iter().copied().filter(|held| (*held as f64) < mean).collect();
+    let intake = drain_rate(rate_max, connect_rate, connections_max, 1, &below) * LEVEL_PART;
+    Some(((own - mean) / LEVEL_SECONDS).max(1.0).min(intake)).filter(|rate| *rate > 0.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn name(index: u32) -> String {
+        format!("m-{index}")
+    }
+
     fn member(index: u32, stage: Stage, cost: u64) -> TierMember {
-        TierMember { index, stage, cost, outdated: false }
+        TierMember { name: name(index), stage, cost, outdated: false }
     }
 
     const LEAVING: Stage = Stage::Leaving { empty: false, overdue: false };
 
     #[test]
-    fn grows_by_the_lowest_names_that_no_process_has() {
+    fn grows_by_what_is_neither_there_nor_asked_for() {
         let members = [member(0, Stage::Ready, 5), member(2, Stage::Stopping, 0)];
-        assert_eq!(next_steps(Tier::Gateway, 3, &members), [Step::Start(1), Step::Start(3)]);
-        assert_eq!(next_steps(Tier::Gateway, 1, &members), []);
+        assert_eq!(next_steps(Tier::Gateway, 3, &members, 0), [Step::Start(2)]);
+        assert_eq!(next_steps(Tier::Gateway, 3, &members, 1), [Step::Start(1)]);
+        assert_eq!(next_steps(Tier::Gateway, 3, &members, 2), []);
+        assert_eq!(next_steps(Tier::Gateway, 1, &members, 0), []);
+        assert_eq!(next_steps(Tier::Gateway, 1, &[member(0, Stage::Ready, 5), member(1, Stage::Ready, 5)], 1), []);
     }
 
     #[test]
     fn growing_takes_back_the_least_drained_before_it_starts_anybody() {
         let members = [member(0, Stage::Ready, 9), member(1, LEAVING, 3), member(2, LEAVING, 7)];
-        assert_eq!(next_steps(Tier::Gateway, 2, &members), [Step::Return(2)]);
-        assert_eq!(next_steps(Tier::Gateway, 4, &members), [Step::Return(2), Step::Return(1), Step::Start(3)]);
+        assert_eq!(next_steps(Tier::Gateway, 2, &members, 0), [Step::Return(name(2))]);
+        assert_eq!(
+            next_steps(Tier::Gateway, 4, &members, 0),
+            [Step::Return(name(2)), Step::Return(name(1)), Step::Start(1)]
+        );
     }
 
     #[test]
     fn the_cheapest_leaves_and_the_newest_on_a_tie() {
         let members = [member(0, Stage::Ready, 3), member(1, Stage::Ready, 2), member(2, Stage::Ready, 2)];
-        assert_eq!(next_steps(Tier::Gateway, 2, &members), [Step::Leave(2)]);
-        assert_eq!(next_steps(Tier::Business, 1, &members), [Step::Leave(2), Step::Leave(1)]);
+        assert_eq!(next_steps(Tier::Gateway, 2, &members, 0), [Step::Leave(name(2))]);
+        assert_eq!(next_steps(Tier::Business, 1, &members, 0), [Step::Leave(name(2)), Step::Leave(name(1))]);
     }
 
     #[test]
@@ -160,39 +208,44 @@ mod tests {
         let starting = member(3, Stage::Starting, 0);
         let members =
             [member(0, Stage::Ready, 3), member(1, Stage::Ready, 0), starting.clone(), member(4, Stage::Starting, 0)];
-        assert_eq!(next_steps(Tier::Gateway, 2, &members), [Step::Stop(4), Step::Stop(3)]);
-        assert_eq!(next_steps(Tier::Gateway, 3, &members), [Step::Stop(4)]);
-        assert_eq!(next_steps(Tier::Gateway, 1, &members), [Step::Stop(4), Step::Stop(3), Step::Leave(1)]);
+        assert_eq!(next_steps(Tier::Gateway, 2, &members, 0), [Step::Stop(name(4)), Step::Stop(name(3))]);
+        assert_eq!(next_steps(Tier::Gateway, 3, &members, 0), [Step::Stop(name(4))]);
+        assert_eq!(
+            next_steps(Tier::Gateway, 1, &members, 0),
+            [Step::Stop(name(4)), Step::Stop(name(3)), Step::Leave(name(1))]
+        );
         let lost = [member(0, Stage::Ready, 3), member(1, Stage::Ready, 1), member(2, Stage::Starting, 4)];
-        assert_eq!(next_steps(Tier::Business, 2, &lost), [], "2 still holds something and does not answer");
+        assert_eq!(next_steps(Tier::Business, 2, &lost, 0), [], "2 still holds something and does not answer");
     }
 
     #[test]
     fn an_empty_one_is_stopped_and_an_overdue_one_by_its_tier() {
         let empty = [member(0, Stage::Ready, 1), member(1, Stage::Leaving { empty: true, overdue: false }, 0)];
-        assert_eq!(next_steps(Tier::Gateway, 1, &empty), [Step::Stop(1)]);
+        assert_eq!(next_steps(Tier::Gateway, 1, &empty, 0), [Step::Stop(name(1))]);
         let overdue = [member(0, Stage::Ready, 1), member(1, Stage::Leaving { empty: false, overdue: true }, 9)];
-        assert_eq!(next_steps(Tier::Gateway, 1, &overdue), [Step::Stop(1)]);
-        assert_eq!(next_steps(Tier::Business, 1, &overdue), [Step::Return(1)]);
+        assert_eq!(next_steps(Tier::Gateway, 1, &overdue, 0), [Step::Stop(name(1))]);
+        assert_eq!(next_steps(Tier::Business, 1, &overdue, 0), [Step::Return(name(1))]);
     }
 
     /// Plays rounds in which every step succeeds, until nothing is left to do.
     fn settle(tier: Tier, desired: u32, mut members: Vec<TierMember>) -> (Vec<TierMember>, Vec<u32>) {
         let mut ready_counts = Vec::new();
+        let mut started = 1_000;
         for _ in 0..100 {
-            let steps = next_steps(tier, desired, &members);
+            let steps = next_steps(tier, desired, &members, 0);
             if steps.is_empty() && members.iter().all(|m| m.stage == Stage::Ready) {
                 return (members, ready_counts);
             }
             for step in &steps {
-                match *step {
-                    Step::Start(index) => {
-                        assert!(members.iter().all(|m| m.index != index), "name {index} is in use");
-                        members.push(member(index, Stage::Starting, 0));
+                match step {
+                    Step::Start(count) => {
+                        let fresh = started..started + count;
+                        members.extend(fresh.map(|index| member(index, Stage::Starting, 0)));
+                        started += count;
                     }
-                    Step::Leave(index) => change(&mut members, index, LEAVING),
-                    Step::Return(index) => change(&mut members, index, Stage::Ready),
-                    Step::Stop(index) => change(&mut members, index, Stage::Stopping),
+                    Step::Leave(name) => change(&mut members, name, LEAVING),
+                    Step::Return(name) => change(&mut members, name, Stage::Ready),
+                    Step::Stop(name) => change(&mut members, name, Stage::Stopping),
                 }
             }
             ready_counts.push(members.iter().filter(|m| m.stage == Stage::Ready).count() as u32);
@@ -208,8 +261,8 @@ mod tests {
         panic!("does not settle: {members:?}");
     }
 
-    fn change(members: &mut [TierMember], index: u32, stage: Stage) {
-        let found = members.iter_mut().find(|m| m.index == index).expect("steps are about members");
+    fn change(members: &mut [TierMember], name: &str, stage: Stage) {
+        let found = members.iter_mut().find(|m| m.name == name).expect("steps are about members");
         found.stage = stage;
     }
 
@@ -231,6 +284,26 @@ mod tests {
         assert_eq!(drain_rate(500, 1_000, 10_000, 1, &[]), 0.0);
     }
 
+    #[test]
+    fn a_crowded_gateway_sheds_slowly_and_only_while_it_is_far_above_the_mean() {
+        let rate = |own, sheds, others: &[u64]| level_rate(own, sheds, 500, 1_000, 15_000, others);
+        // 9,000 and two newcomers: 6,000 above the mean, in a minute; they take in 200 a second each.
+        assert_eq!(rate(9_000, false, &[0, 0]), Some(100.0));
+        assert_eq!(rate(12_000, false, &[0, 0]), Some(100.0), "a quarter of what they take in");
+        assert_eq!(rate(4_400, false, &[3_000, 3_000]), None, "not far enough above");
+        assert_eq!(
+            rate(4_400, true, &[3_000, 3_000]),
+            Some((4_400.0 - 10_400.0 / 3.0) / 60.0),
+            "once begun it goes on"
+        );
+        assert_eq!(rate(3_200, true, &[3_000, 3_000]), None, "level enough");
+        assert_eq!(rate(30, true, &[20, 20]), None, "a few more or less");
+        assert_eq!(rate(90, false, &[0, 0]), None, "not worth it");
+        assert_eq!(rate(9_000, false, &[]), None, "alone");
+        assert_eq!(rate(15_000, false, &[14_000, 100]), Some(50.0), "who is full too takes nothing in");
+        assert_eq!(level_rate(20_000, false, 500, 1_000, 8_000, &[8_000, 8_000]), None, "no room");
+    }
+
     fn any_stage() -> impl Strategy<Value = Stage> {
         prop_oneof![
             Just(Stage::Starting),
@@ -250,7 +323,7 @@ mod tests {
         ) {
             let tier = if gateway { Tier::Gateway } else { Tier::Business };
             let members = stages.into_iter().enumerate().map(|(i, (stage, cost, outdated))| TierMember {
-                index: i as u32, stage, cost, outdated,
+                name: name(i as u32), stage, cost, outdated,
             });
             let (settled, _) = settle(tier, desired, members.collect());
             prop_assert_eq!(settled.len() as u32, desired);

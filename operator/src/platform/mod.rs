@@ -1,8 +1,11 @@
 //! The one trait between decisions and the world: who runs, start one, stop one.
 
+pub mod kubernetes;
 pub mod process;
 
-use im_crds::ImCluster;
+use crate::shards::ShardMap;
+use im_crds::{ImCluster, ShardMapSpec};
+use im_proto::ids::MemberId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -65,16 +68,6 @@ impl Tier {
             Self::Business => Role::Business,
         }
     }
-
-    /// The name of its member number `index`.
-    pub fn member_name(self, index: u32) -> String {
-        format!("{self}-{index}")
-    }
-
-    /// The inverse of [`Tier::member_name`].
-    pub fn index_of(self, name: &str) -> Option<u32> {
-        name.strip_prefix(&format!("{self}-"))?.parse().ok()
-    }
 }
 
 impl fmt::Display for Tier {
@@ -89,9 +82,9 @@ impl fmt::Display for Tier {
 pub enum ProcessState {
     /// It runs.
     Running,
-    /// It ended and is started again after its back-off.
+    /// It does not run: it ended and is started again after its back-off, or it was not started yet.
     Waiting,
-    /// It was asked to end and still runs.
+    /// It was asked to end, by whomever, and still runs.
     Stopping,
 }
 
@@ -99,13 +92,17 @@ pub enum ProcessState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Process {
-    /// Its name, which a restart keeps.
+    /// Its name. Where the platform restarts processes under their name, a restart keeps it.
     pub name: String,
     /// What it is for.
     pub role: Role,
     /// What it is doing.
     pub state: ProcessState,
-    /// Its process id while it lives.
+    /// While it lives, what tells it from another one of the same name; the member says the same in its Hello. The process
+    /// id as text, or the pod's UID.
+    #[serde(default)]
+    pub instance: Option<String>,
+    /// Its process id while it lives, where that means anything.
     pub pid: Option<u32>,
     /// How often it was started.
     pub starts: u32,
@@ -115,13 +112,36 @@ pub struct Process {
     pub addresses: BTreeMap<String, String>,
 }
 
+/// Members that were asked for and are not shown as processes yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Ordered {
+    /// Gateways.
+    pub gateway: u32,
+    /// Business members.
+    pub business: u32,
+}
+
+impl Ordered {
+    /// Those of one tier.
+    pub fn of(self, tier: Tier) -> u32 {
+        match tier {
+            Tier::Gateway => self.gateway,
+            Tier::Business => self.business,
+        }
+    }
+}
+
 /// What the platform shows at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct View {
-    /// Every process that lives or will be started again.
+    /// Every process that lives or will be started (again). Of each tier the oldest first: among equals the last one leaves.
     pub processes: Vec<Process>,
-    /// Rises with each ImCluster that is to be run instead of the one before.
+    /// What was asked for and is not among the processes yet.
+    #[serde(default)]
+    pub ordered: Ordered,
+    /// Rises with each change of the ImCluster, its annotations included.
     pub generation: u64,
     /// Why what the user wrote last is not what runs, if so.
     pub file_error: Option<String>,
@@ -134,14 +154,46 @@ impl View {
     }
 }
 
+/// What survives the leader's own end: the map, and where its owners listen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StoredMap {
+    /// The map.
+    pub map: ShardMapSpec,
+    /// The Link address of each business member that is known. A hint: without it senders wait until the members dial in.
+    #[serde(default)]
+    pub links: BTreeMap<String, String>,
+}
+
+impl StoredMap {
+    /// The map and the addresses, ready for use; `None` if they are not those of a cluster with so many shards. Then the
+    /// members and the store's rows tell what is: a lost map costs time, never messages.
+    pub fn decode(&self, shards: u32) -> Option<(ShardMap, BTreeMap<MemberId, String>)> {
+        let damaged = |reason: String| tracing::warn!("the stored shard map is not used: {reason}");
+        let map = ShardMap::from_spec(&self.map).map_err(|error| damaged(error.to_string())).ok()?;
+        if map.shards() != shards {
+            damaged(format!("it has {} shards, the cluster {shards}", map.shards()));
+            return None;
+        }
+        let links = self.links.iter().filter_map(|(member, link)| Some((MemberId::parse(member).ok()?, link.clone())));
+        Some((map, links.collect()))
+    }
+}
+
 /// Why the platform did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum PlatformError {
     /// Whoever starts and stops members can't be reached.
     #[error("the supervisor can't be reached: {0}")]
     Unreachable(#[from] std::io::Error),
+    /// The Kubernetes API refuses, or can't be reached.
+    #[error("the Kubernetes API: {0}")]
+    Api(#[from] kube::Error),
+    /// No answer in time.
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
     /// It refuses.
-    #[error("the supervisor refuses: {0}")]
+    #[error("refused: {0}")]
     Refused(String),
     /// It answers something else.
     #[error("the supervisor answers nonsense: {0}")]
@@ -149,14 +201,19 @@ pub enum PlatformError {
     /// The configuration can't be made.
     #[error("{0}")]
     Config(String),
+    /// Somebody else wrote the shard map: another one leads this cluster by now, and this one has to end.
+    #[error("another operator leads this cluster by now")]
+    Outranked,
 }
 
-/// Where members run. An action that is repeated, or comes too late, does no harm.
+/// Where members run. An action that is repeated, or comes too late, does no harm. Actions may take their time: whoever
+/// decides does not wait for them, but has at most one of a tier under way.
 pub trait Platform: Send + Sync + 'static {
-    /// Who runs, and each later change of it. The exit of a process that this shows is certain.
+    /// Who runs, and each later change of it. The exit of a process that this shows is certain. Its end ends whoever
+    /// decides.
     fn watch(&self) -> watch::Receiver<View>;
 
-    /// The ImCluster to run; read again when [`View::generation`] rises.
+    /// The ImCluster to run, its annotations included; read again when [`View::generation`] rises.
     ///
     /// # Errors
     /// [`PlatformError`].
@@ -166,22 +223,39 @@ pub trait Platform: Send + Sync + 'static {
     /// replaced.
     fn template(&self, cluster: &ImCluster, tier: Tier) -> String;
 
-    /// Starts a member. The name must not be in use.
+    /// Starts `count` members with the present configuration; the platform names them. After `Ok` the watch already shows
+    /// them, as processes or as [`View::ordered`].
     fn start(
         &self,
         cluster: &ImCluster,
         tier: Tier,
-        name: &str,
+        count: u32,
     ) -> impl Future<Output = Result<(), PlatformError>> + Send;
 
-    /// Asks a member to end, and ends it after `grace`.
+    /// Asks a member to end, and ends it after `grace`. It is not replaced. After `Ok` the watch shows it as
+    /// [`ProcessState::Stopping`], or no longer.
     fn stop(&self, name: &str, grace: Duration) -> impl Future<Output = Result<(), PlatformError>> + Send;
 
-    /// Makes known where the process `pid` of that name listens.
+    /// Whether whoever spreads new connections over the gateways may choose this one.
+    fn set_serving(&self, name: &str, serving: bool) -> impl Future<Output = Result<(), PlatformError>> + Send;
+
+    /// Makes known where the process `instance` of that name listens.
     fn describe(
         &self,
         name: &str,
-        pid: u32,
+        instance: &str,
         addresses: BTreeMap<String, String>,
     ) -> impl Future<Output = Result<(), PlatformError>> + Send;
+
+    /// The map that was stored last, if any.
+    ///
+    /// # Errors
+    /// [`PlatformError`] when it can't be known whether there is one; one that can't be read counts as none.
+    fn load_map(&self) -> impl Future<Output = Result<Option<StoredMap>, PlatformError>> + Send;
+
+    /// Replaces the stored map: the one that this very platform loaded or stored before. Called at most once a second.
+    ///
+    /// # Errors
+    /// [`PlatformError::Outranked`] if somebody else stored one since.
+    fn save_map(&self, map: &StoredMap) -> impl Future<Output = Result<(), PlatformError>> + Send;
 }

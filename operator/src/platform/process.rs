@@ -2,9 +2,10 @@
 //!
 //! One line of JSON asks, one line answers; after `watch` a line follows each change.
 
-use super::{Platform, PlatformError, Tier, View};
+use super::{Platform, PlatformError, ProcessState, StoredMap, Tier, View};
+use crate::control::ClusterKey;
 use crate::up::data_dir::{DataDir, Secrets, write_atomically};
-use im_crds::{Auth, ImCluster, Storage};
+use im_crds::{Auth, ImCluster, ImClusterSpec, Storage};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -23,7 +24,7 @@ pub enum Request {
     Start {
         /// Its tier.
         role: Tier,
-        /// Its name; `TIER-N`.
+        /// Its name; `TIER-N`, see [`member_name`].
         name: String,
         /// Its configuration file.
         config: PathBuf,
@@ -41,8 +42,8 @@ pub enum Request {
     Describe {
         /// Its name.
         name: String,
-        /// Its process id.
-        pid: u32,
+        /// Its [`Process::instance`](super::Process::instance).
+        instance: String,
         /// Where it listens, by what for.
         addresses: BTreeMap<String, String>,
     },
@@ -62,6 +63,22 @@ pub enum Reply {
     Refused(String),
     /// To `list` and `watch`.
     View(View),
+}
+
+/// The name of a tier's member number `index`.
+pub fn member_name(tier: Tier, index: u32) -> String {
+    format!("{tier}-{index}")
+}
+
+/// The inverse of [`member_name`].
+pub fn index_of(tier: Tier, name: &str) -> Option<u32> {
+    name.strip_prefix(&format!("{tier}-"))?.parse().ok()
+}
+
+/// The `count` lowest names of the tier that no process has.
+fn free_names(view: &View, tier: Tier, count: u32) -> Vec<String> {
+    let names = (0..).map(|index| member_name(tier, index));
+    names.filter(|name| view.process(name).is_none()).take(count as usize).collect()
 }
 
 /// One connection to the supervisor.
@@ -98,6 +115,7 @@ pub struct ProcessPlatform {
     secrets: Secrets,
     control: String,
     store: String,
+    map_file: PathBuf,
     /// Paths in the ImCluster are relative to this directory.
     base: PathBuf,
     view: watch::Receiver<View>,
@@ -134,7 +152,8 @@ impl ProcessPlatform {
         let connection = Mutex::new(Some(Connection::open(&socket).await?));
         let (control, store) = (endpoints.control.to_string(), endpoints.store.to_string());
         let fail_points = std::env::var_os(FAIL_POINTS_VARIABLE).is_some();
-        Ok(Self { data, secrets, control, store, base, view, fail_points, connection })
+        let map_file = data.shard_map();
+        Ok(Self { data, secrets, control, store, map_file, base, view, fail_points, connection })
     }
 
     async fn ask(&self, request: &Request) -> Result<(), PlatformError> {
@@ -150,6 +169,14 @@ impl ProcessPlatform {
             Reply::Done {} => Ok(()),
             Reply::Refused(reason) => Err(PlatformError::Refused(reason)),
             Reply::View(_) => Err(PlatformError::Nonsense("a view".to_owned())),
+        }
+    }
+
+    /// Waits until the watch shows what the supervisor has done.
+    async fn shown(&self, shows: impl FnMut(&View) -> bool + Send) -> Result<(), PlatformError> {
+        match self.view.clone().wait_for(shows).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
         }
     }
 
@@ -185,21 +212,58 @@ impl Platform for ProcessPlatform {
         format!("{:016x}", xxhash_rust::xxh3::xxh3_64(config.as_bytes()))
     }
 
-    async fn start(&self, cluster: &ImCluster, tier: Tier, name: &str) -> Result<(), PlatformError> {
-        let config = self.config(cluster, tier, name)?;
-        let path = self.data.config(name);
-        write_atomically(&path, format!("{config:#}\n").as_bytes())?;
+    async fn start(&self, cluster: &ImCluster, tier: Tier, count: u32) -> Result<(), PlatformError> {
         let template = self.template(cluster, tier);
-        self.ask(&Request::Start { role: tier, name: name.to_owned(), config: path, template }).await
+        let names = free_names(&self.view.borrow(), tier, count);
+        for name in &names {
+            let config = self.config(cluster, tier, name)?;
+            let path = self.data.config(name);
+            write_atomically(&path, format!("{config:#}\n").as_bytes())?;
+            let start = Request::Start { role: tier, name: name.clone(), config: path, template: template.clone() };
+            self.ask(&start).await?;
+        }
+        self.shown(|view| names.iter().all(|name| view.process(name).is_some())).await
     }
 
     async fn stop(&self, name: &str, grace: Duration) -> Result<(), PlatformError> {
-        self.ask(&Request::Stop { name: name.to_owned(), grace_seconds: grace.as_secs_f64() }).await
+        self.ask(&Request::Stop { name: name.to_owned(), grace_seconds: grace.as_secs_f64() }).await?;
+        self.shown(|view| view.process(name).is_none_or(|process| process.state == ProcessState::Stopping)).await
     }
 
-    async fn describe(&self, name: &str, pid: u32, addresses: BTreeMap<String, String>) -> Result<(), PlatformError> {
-        self.ask(&Request::Describe { name: name.to_owned(), pid, addresses }).await
+    /// The gateways of one machine share their ports: who drains gives them up by itself.
+    async fn set_serving(&self, _: &str, _: bool) -> Result<(), PlatformError> {
+        Ok(())
     }
+
+    async fn describe(
+        &self,
+        name: &str,
+        instance: &str,
+        addresses: BTreeMap<String, String>,
+    ) -> Result<(), PlatformError> {
+        self.ask(&Request::Describe { name: name.to_owned(), instance: instance.to_owned(), addresses }).await
+    }
+
+    async fn load_map(&self) -> Result<Option<StoredMap>, PlatformError> {
+        let bytes = match tokio::fs::read(&self.map_file).await {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(at(&self.map_file, &error)),
+        };
+        let damaged = |error| tracing::warn!("{} is not used: {error}", self.map_file.display());
+        Ok(serde_json::from_slice(&bytes).map_err(damaged).ok())
+    }
+
+    /// There is one control per data directory, so nobody else writes.
+    async fn save_map(&self, map: &StoredMap) -> Result<(), PlatformError> {
+        let (path, bytes) = (self.map_file.clone(), serde_json::to_vec(map).map_err(std::io::Error::other)?);
+        let written = tokio::task::spawn_blocking(move || write_atomically(&path, &bytes)).await;
+        written.map_err(std::io::Error::other)?.map_err(|error| at(&self.map_file, &error))
+    }
+}
+
+fn at(path: &Path, error: &std::io::Error) -> PlatformError {
+    PlatformError::Config(format!("{}: {error}", path.display()))
 }
 
 fn absolute(base: &Path, path: &str) -> Value {
@@ -210,7 +274,6 @@ fn absolute(base: &Path, path: &str) -> Value {
 fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secrets, base: &Path) -> Value {
     let spec = &cluster.spec;
     let access = &spec.access;
-    let limits = &spec.gateway.limits;
     let auth = match &spec.auth {
         Auth::Insecure(_) => json!({ "insecure": {} }),
         Auth::Jwt(jwt) => {
@@ -230,46 +293,75 @@ fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secr
     };
     let mut config = json!({
         "name": name,
+        "cluster": ClusterKey::of(cluster).0,
         "control": [control],
         "linkToken": secrets.link_token,
         "mqtt": access.mqtt.as_ref().map(|listener| json!({ "address": listener.address })),
         "tls": access.tls.as_ref().map(|tls| json!({
             "address": tls.address,
-            "certFile": absolute(base, &tls.cert_file),
-            "keyFile": absolute(base, &tls.key_file),
+            "certFile": tls.cert_file.as_deref().map(|path| absolute(base, path)),
+            "keyFile": tls.key_file.as_deref().map(|path| absolute(base, path)),
         })),
         "webSocket": access.web_socket.as_ref().map(|listener| json!({ "address": listener.address })),
         "http": { "address": access.http.address },
         "admin": { "address": "127.0.0.1:0" },
         "auth": auth,
-        "limits": {
-            "maxConnections": limits.max_connections,
-            "connectRate": limits.connect_rate,
-            "halfOpenMax": limits.max_handshakes,
-            "handshakeTimeoutMs": limits.handshake_timeout.duration().as_millis().clamp(1, 3_600_000) as u64,
-            "receiveMaximum": limits.receive_maximum,
-            "maxPacketSize": limits.max_packet_size,
-            // As wide as the fields of MQTT that announce them.
-            "keepAliveMaxSeconds": limits.keep_alive_max.duration().as_secs().clamp(1, u16::MAX.into()),
-            "sessionExpiryMaxSeconds": limits.session_expiry_max.duration().as_secs().min(u32::MAX.into()),
-            "messageRate": limits.message_rate,
-            "sendBufferBytes": limits.send_buffer_bytes,
-            "maxPayload": spec.messages.max_payload,
-        },
+        "limits": gateway_limits(spec),
         "messages": { "catchUp": spec.messages.catch_up },
-        "rooms": {
-            "coalesceMs": spec.gateway.rooms.coalesce.duration().as_millis().clamp(1, 25) as u64,
-            "flushIntervalMs": spec.gateway.rooms.flush_interval.duration().as_millis().clamp(100, 60_000) as u64,
-        },
         "terminationGraceSeconds": STOP_GRACE.as_secs(),
     });
     if let (Some(path), Some(fields)) = (&spec.service_token_file, config.as_object_mut()) {
         fields.insert("serviceTokensFile".to_owned(), absolute(base, path));
     }
+    if let Some(rooms) = gateway_rooms(spec) {
+        config["rooms"] = rooms;
+    }
     config
 }
 
-/// From SIGTERM to SIGKILL of a member that is stopped; a gateway sheds in this time what it still holds.
+/// How a gateway serves live rooms. Left out where the program's default is meant: a template that changes replaces members.
+pub(crate) fn gateway_rooms(spec: &ImClusterSpec) -> Option<Value> {
+    let rooms = &spec.gateway.rooms;
+    (*rooms != Default::default()).then(|| {
+        json!({
+            "coalesceMs": rooms.coalesce.duration().as_millis().clamp(1, 25) as u64,
+            "flushIntervalMs": rooms.flush_interval.duration().as_millis().clamp(100, 60_000) as u64,
+        })
+    })
+}
+
+/// How a business member serves live rooms; see [`gateway_rooms`].
+pub(crate) fn business_rooms(spec: &ImClusterSpec) -> Option<Value> {
+    let (rooms, interval) = (&spec.messages.rooms, spec.gateway.rooms.flush_interval);
+    let is_default = *rooms == Default::default() && spec.gateway.rooms == Default::default();
+    (!is_default).then(|| {
+        json!({
+            "history": rooms.history.min(50),
+            "statsIntervalMs": interval.duration().as_millis().clamp(100, 60_000) as u64,
+        })
+    })
+}
+
+/// What a gateway holds its clients to, as its configuration says it.
+pub(crate) fn gateway_limits(spec: &ImClusterSpec) -> Value {
+    let limits = &spec.gateway.limits;
+    json!({
+        "maxConnections": limits.max_connections,
+        "connectRate": limits.connect_rate,
+        "halfOpenMax": limits.max_handshakes,
+        "handshakeTimeoutMs": limits.handshake_timeout.duration().as_millis().clamp(1, 3_600_000) as u64,
+        "receiveMaximum": limits.receive_maximum,
+        "maxPacketSize": limits.max_packet_size,
+        // As wide as the fields of MQTT that announce them.
+        "keepAliveMaxSeconds": limits.keep_alive_max.duration().as_secs().clamp(1, u16::MAX.into()),
+        "sessionExpiryMaxSeconds": limits.session_expiry_max.duration().as_secs().min(u32::MAX.into()),
+        "messageRate": limits.message_rate,
+        "sendBufferBytes": limits.send_buffer_bytes,
+        "maxPayload": spec.messages.max_payload,
+    })
+}
+
+/// From SIGTERM to SIGKILL of a member that is stopped; it sheds or releases in this time what it still holds.
 pub const STOP_GRACE: Duration = Duration::from_secs(5);
 
 /// What `im-business serve --config` reads.
@@ -295,8 +387,9 @@ fn business_config(
             }
         },
     };
-    Ok(json!({
+    let mut config = json!({
         "name": name,
+        "cluster": ClusterKey::of(cluster).0,
         "control": [control],
         "link": { "address": "127.0.0.1:0" },
         "admin": { "address": "127.0.0.1:0" },
@@ -305,11 +398,12 @@ fn business_config(
         "linkToken": secrets.link_token,
         "dedupWindowSeconds": cluster.spec.messages.dedup_window.duration().as_secs(),
         "payloadMax": cluster.spec.messages.max_payload,
-        "rooms": {
-            "history": cluster.spec.messages.rooms.history,
-            "statsIntervalMs": cluster.spec.gateway.rooms.flush_interval.duration().as_millis().clamp(100, 60_000) as u64,
-        },
-    }))
+        "terminationGraceSeconds": STOP_GRACE.as_secs(),
+    });
+    if let Some(rooms) = business_rooms(&cluster.spec) {
+        config["rooms"] = rooms;
+    }
+    Ok(config)
 }
 
 /// What `im-business store --config` reads.
@@ -360,6 +454,25 @@ mod tests {
         assert_eq!(url["dedupWindowSeconds"], 604_800);
         let absent = of("{auth: {insecure: {}}, storage: {postgres: {urlFile: pg}}}").expect_err("no such file");
         assert!(absent.to_string().starts_with("/nowhere/pg: "), "{absent}");
+    }
+
+    #[test]
+    fn new_members_get_the_lowest_free_names() {
+        let named = |name: &str| super::super::Process {
+            name: name.into(),
+            role: super::super::Role::Gateway,
+            state: ProcessState::Stopping,
+            instance: None,
+            pid: None,
+            starts: 1,
+            template: String::new(),
+            addresses: BTreeMap::new(),
+        };
+        let view = View { processes: vec![named("gateway-0"), named("gateway-2")], ..View::default() };
+        assert_eq!(free_names(&view, Tier::Gateway, 2), ["gateway-1", "gateway-3"]);
+        assert_eq!(free_names(&view, Tier::Business, 1), ["business-0"]);
+        assert_eq!(index_of(Tier::Gateway, "gateway-12"), Some(12));
+        assert_eq!(index_of(Tier::Gateway, "business-1"), None);
     }
 
     #[test]

@@ -233,6 +233,8 @@ pub struct Coordinator {
     hold_since: Option<Duration>,
     /// The hold has lasted its maximum: silence counts again until the members are back.
     hold_spent: bool,
+    /// Planned moves wait; see [`Coordinator::hold_planned`].
+    planned_wait: bool,
     map_changed: bool,
 }
 
@@ -265,6 +267,7 @@ impl Coordinator {
             in_flight: 0,
             hold_since: None,
             hold_spent: false,
+            planned_wait: false,
             map_changed: false,
         }
     }
@@ -292,6 +295,12 @@ impl Coordinator {
     /// Follows an edit of the budget.
     pub fn set_rebalance(&mut self, rebalance: Rebalance) {
         self.rebalance = rebalance;
+    }
+
+    /// Lets planned moves wait, or go on: a release is a write, and a store that refuses those would leave its shard on the
+    /// way for nothing. What is under way and what is lost is not affected.
+    pub fn hold_planned(&mut self, wait: bool) {
+        self.planned_wait = wait;
     }
 
     /// Takes one event in and says what is to be done, in this order.
@@ -467,7 +476,7 @@ impl Coordinator {
     }
 
     /// Whether a member could take a shard now.
-    fn is_usable(&self, now: Duration, member: &MemberId) -> bool {
+    pub fn is_usable(&self, now: Duration, member: &MemberId) -> bool {
         self.members.get(member).is_some_and(|known| {
             known.store_ok && !known.given_up && now.saturating_sub(known.heard_at) < self.timing.suspect_after
         })
@@ -630,7 +639,7 @@ impl Coordinator {
     /// Begins queued moves within the budget. A move whose shard is not where the plan saw it, or whose target can't take
     /// it, is dropped: the next plan sees what is then.
     fn begin_planned(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        if now < self.hearing_until || self.holds() {
+        if now < self.hearing_until || self.holds() || self.planned_wait {
             return;
         }
         while self.in_flight < self.rebalance.moves_in_flight as usize {
@@ -654,8 +663,11 @@ impl Coordinator {
     }
 
     /// What a planner needs; `None` while planning makes no sense: still listening, too many silent, shards without owner,
-    /// or an earlier plan not yet begun in full.
+    /// an earlier plan not yet begun in full, or a store that refuses writes.
     pub fn plan_input(&self, now: Duration) -> Option<PlanInput> {
+        if self.planned_wait {
+            return None;
+        }
         let unsettled =
             (0..self.map.shards()).any(|s| self.slots[s as usize].step == Step::Rest && self.is_lost(now, s));
         if now < self.hearing_until || self.hold_since.is_some() || unsettled || !self.queue.is_empty() {

@@ -1,6 +1,6 @@
 //! Following edits of FILE, as a pure decision over what each look at it found.
 
-use im_crds::{ImCluster, Storage};
+use im_crds::{ImCluster, Place};
 use std::io;
 use std::time::Duration;
 
@@ -81,15 +81,11 @@ impl Follower {
 /// One line per rule that is broken, each with the field's path and the reason.
 pub fn judge(text: &str, running: Option<&ImCluster>) -> Result<Box<ImCluster>, String> {
     let cluster = ImCluster::parse_yaml(text).map_err(|error| error.to_string())?;
-    let Some(running) = running else { return Ok(Box::new(cluster)) };
-    let mut reasons: Vec<String> = cluster.validate_update(running).iter().map(ToString::to_string).collect();
-    let embedded = |cluster: &ImCluster| matches!(cluster.spec.storage, Storage::Embedded(_));
-    if embedded(&cluster) != embedded(running) {
-        // Two stores at once would mean two judges of who may write a shard.
-        reasons.push(
-            "spec.storage: can't change while messages lie in the other one: start with another --data-dir".to_owned(),
-        );
+    let mut violations = cluster.validate_at(Place::Machine);
+    if let Some(running) = running {
+        violations.extend(cluster.validate_update(running));
     }
+    let reasons: Vec<String> = violations.iter().map(ToString::to_string).collect();
     if reasons.is_empty() { Ok(Box::new(cluster)) } else { Err(reasons.join("\n")) }
 }
 
@@ -130,7 +126,7 @@ mod tests {
             (yaml(128, 1), "spec.business.shards: shards can't change"),
             (yaml(256, 0), "spec.gateway.replicas: is 0"),
             (yaml(256, 1).replace("gateway:", "gatway:"), "spec.gatway"),
-            (yaml(256, 1) + "  storage: {postgres: {url: 'postgres://x/y'}}\n", "spec.storage: can't change"),
+            (yaml(256, 1) + "  storage: {postgres: {url: 'postgres://x/y'}}\n", "storage can't change its kind"),
             ("}".to_owned(), "not valid YAML"),
         ] {
             assert_eq!(follower.look(Ok(bad.clone())), None);

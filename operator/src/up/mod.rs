@@ -11,8 +11,8 @@ pub mod data_dir;
 pub mod follow;
 pub mod restart;
 
-use crate::platform::process::{Reply, Request, STOP_GRACE, store_config};
-use crate::platform::{Process, ProcessState, Role, View};
+use crate::platform::process::{Reply, Request, STOP_GRACE, index_of, store_config};
+use crate::platform::{Ordered, Process, ProcessState, Role, Tier, View};
 use data_dir::{DataDir, DataDirError, Endpoints, write_atomically};
 use follow::{Follower, LOOK_INTERVAL, Verdict};
 use im_crds::{Auth, ImCluster, Storage};
@@ -399,7 +399,7 @@ impl Supervisor {
     fn on_request(&mut self, request: Request) -> Reply {
         match request {
             Request::Start { role, name, config, template } => {
-                if role.index_of(&name).is_none() {
+                if index_of(role, &name).is_none() {
                     return Reply::Refused(format!("{name} is not a name of the {role} tier: use {role}-N"));
                 }
                 if self.children.contains_key(&name) {
@@ -423,9 +423,9 @@ impl Supervisor {
                 Some(role) => Reply::Refused(format!("{name} is the {role}, it ends with the supervisor")),
                 None => Reply::Done {},
             },
-            Request::Describe { name, pid, addresses } => {
+            Request::Describe { name, instance, addresses } => {
                 if let Some(child) = self.children.get_mut(&name)
-                    && matches!(child.phase, Phase::Running { pid: running, .. } if running == pid)
+                    && matches!(child.phase, Phase::Running { pid, .. } if pid.to_string() == instance)
                 {
                     child.described = addresses;
                 }
@@ -544,9 +544,11 @@ impl Supervisor {
     }
 
     fn view(&self) -> View {
-        let processes = self
-            .children
-            .iter()
+        // Names are given from the lowest free one up, so the highest is the youngest, near enough.
+        let mut children: Vec<(&String, &Child)> = self.children.iter().collect();
+        children.sort_by_key(|(name, child)| (child.role, Tier::of(child.role).and_then(|tier| index_of(tier, name))));
+        let processes = children
+            .into_iter()
             .map(|(name, child)| {
                 let (state, pid) = match &child.phase {
                     Phase::Running { pid, stopping: None, .. } => (ProcessState::Running, Some(*pid)),
@@ -555,11 +557,20 @@ impl Supervisor {
                 };
                 let mut addresses = child.addresses.clone();
                 addresses.extend(child.described.clone());
-                let (template, starts) = (child.template.clone(), child.starts);
-                Process { name: name.clone(), role: child.role, state, pid, starts, template, addresses }
+                Process {
+                    name: name.clone(),
+                    role: child.role,
+                    state,
+                    instance: pid.map(|pid| pid.to_string()),
+                    pid,
+                    starts: child.starts,
+                    template: child.template.clone(),
+                    addresses,
+                }
             })
             .collect();
-        View { processes, generation: self.generation, file_error: self.file_error.clone() }
+        let ordered = Ordered::default();
+        View { processes, ordered, generation: self.generation, file_error: self.file_error.clone() }
     }
 
     /// Shows what is now to everybody who watches, and in `members.json`, if anything changed.

@@ -5,7 +5,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::{FutureExt, Stream};
-use im_e2e::api::Api;
 use im_proto::control::control_server::{Control, ControlServer};
 use im_proto::control::{self, Command, Report, command, report};
 use im_proto::ids::{MemberId, direct_conversation, shard_of};
@@ -22,7 +21,7 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::postgres::PostgresServer;
-use crate::system::{Bench, free_addresses, listens};
+use crate::system::{Bench, free_addresses, listens, recorded_transactions};
 use crate::{Outcome, Table, Wanted, bare};
 
 const SHARDS: u32 = 64;
@@ -41,13 +40,13 @@ pub async fn sqlite(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
     std::fs::write(&config, json!({"name": "store", "listen": store, "dataDir": data}).to_string())?;
     let member = bench.start("im-business", &["store", "--config", &config.to_string_lossy()], &folder)?;
     listens(store).await?;
-    let measured = measure(bench, &folder, &format!("grpc://{store}"), seconds).await?;
+    let per_second = measure(bench, &folder, &format!("grpc://{store}"), seconds).await?;
     end(member).await?;
     let (recorded, copy) = (data.join("messages.sqlite"), folder.join("replayed.sqlite"));
-    let rows = measured.rows_per_commit();
-    let peer = tokio::task::spawn_blocking(move || bare::replay_sqlite(&recorded, &copy, rows)).await??;
-    let beside = format!("one process, {rows} rows a transaction");
-    table.add("durable appends at Link, embedded", "1/s", measured.per_second, beside, peer, Wanted::AtLeast(0.5));
+    let transactions = recorded_transactions(&folder.join("im-business-store.log"))?;
+    let beside = beside(&transactions);
+    let peer = tokio::task::spawn_blocking(move || bare::replay_sqlite(&recorded, &copy, &transactions)).await??;
+    table.add("durable appends at Link, embedded", "1/s", per_second, beside, peer, Wanted::AtLeast(0.5));
     Ok(())
 }
 
@@ -55,12 +54,12 @@ pub async fn sqlite(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
 pub async fn postgres(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
     let folder = bench.folder("appends-postgres")?;
     let server = tokio::task::spawn_blocking(PostgresServer::start).await??;
-    let measured = measure(bench, &folder, &server.url(), seconds).await?;
-    let rows = measured.rows_per_commit();
-    let peer = bare::replay_postgres(&server.url(), rows).await?;
+    let per_second = measure(bench, &folder, &server.url(), seconds).await?;
+    let transactions = recorded_transactions(&folder.join("im-business-serve.log"))?;
+    let peer = bare::replay_postgres(&server.url(), &transactions).await?;
     tokio::task::spawn_blocking(move || drop(server)).await?;
-    let beside = format!("one process, {rows} rows a transaction");
-    table.add("durable appends at Link, PostgreSQL", "1/s", measured.per_second, beside, peer, Wanted::AtLeast(0.5));
+    let beside = beside(&transactions);
+    table.add("durable appends at Link, PostgreSQL", "1/s", per_second, beside, peer, Wanted::AtLeast(0.5));
     Ok(())
 }
 
@@ -69,20 +68,14 @@ async fn end(mut member: tokio::process::Child) -> Outcome {
     Ok(())
 }
 
-struct Measured {
-    per_second: f64,
-    rows: f64,
-    commits: f64,
-}
-
-impl Measured {
-    fn rows_per_commit(&self) -> usize {
-        (self.rows / self.commits.max(1.0)).round().max(1.0) as usize
-    }
+/// What the bare loop does: the transactions are those that the store made, one by one.
+fn beside(transactions: &[usize]) -> String {
+    let mean = transactions.iter().sum::<usize>() / transactions.len().max(1);
+    format!("bare, same transactions (mean {mean})")
 }
 
 /// Starts a member on a store, gives it all shards and keeps it busy.
-async fn measure(bench: &Bench, folder: &std::path::Path, store: &str, seconds: u64) -> Outcome<Measured> {
+async fn measure(bench: &Bench, folder: &std::path::Path, store: &str, seconds: u64) -> Outcome<f64> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let (joined, mut hello) = watch::channel(None);
@@ -99,28 +92,13 @@ async fn measure(bench: &Bench, folder: &std::path::Path, store: &str, seconds: 
 
     let driver = Driver::start(&hello)?;
     sleep(WARM_UP).await;
-    let metrics = Api::new(hello.http_address.parse()?);
-    let before = counters(&metrics).await?;
     let (start, stored) = (Instant::now(), driver.stored());
     sleep(Duration::from_secs(seconds)).await;
     let per_second = (driver.stored() - stored) as f64 / start.elapsed().as_secs_f64();
-    let after = counters(&metrics).await?;
     driver.finish().await?;
     end(member).await?;
     control.abort();
-    Ok(Measured { per_second, rows: after[0] - before[0], commits: after[1] - before[1] })
-}
-
-/// Rows stored and commits made so far.
-async fn counters(metrics: &Api) -> Outcome<[f64; 2]> {
-    let text = metrics.get("/metrics").await?;
-    let text = text.as_str().ok_or("the metrics are no text")?.to_owned();
-    let read = |name: &str| {
-        let value =
-            text.lines().find_map(|line| line.strip_prefix(name)).ok_or_else(|| format!("no {name} in the metrics"))?;
-        value.trim().parse::<f64>().map_err(|error| format!("{name}: {error}"))
-    };
-    Ok([read("im_committed_total ")?, read("im_commits_total ")?])
+    Ok(per_second)
 }
 
 /// A control service that gives whoever joins first all shards.

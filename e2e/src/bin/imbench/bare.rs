@@ -1,7 +1,12 @@
 //! The limits: what one process does with the same rows and the same durability when it does nothing else.
+//!
+//! The same on both sides: the rows (those that the system stored), their order, the tables and indexes, WAL with synchronous = FULL, and
+//! checkpoints, which are taken whenever the write-ahead log has 64 MiB and count. What the system writes besides its log (index rows,
+//! marks, cursors) is left out of the bare loop: it is the system's own cost.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -13,7 +18,11 @@ use tokio_postgres::types::ToSql;
 
 use crate::Outcome;
 
+/// Pages of the write-ahead log at which it is checkpointed, as in the store: 64 MiB.
+const WAL_PAGES_MAX: u32 = 16_384;
+
 /// A row of the log, in either store.
+#[derive(Clone)]
 pub struct Row {
     shard: i32,
     pos: i64,
@@ -28,16 +37,46 @@ pub struct Row {
     payload: Vec<u8>,
 }
 
-/// A database with the tables of `recorded` and nothing in it.
-fn empty_copy(recorded: &Connection, path: &Path) -> Outcome<Connection> {
+/// The log of a SQLite store in the order of its commits: what was stored in a time, milliseconds since the Unix epoch.
+pub fn rows_of(recorded: &Path, stored_ms: Range<i64>) -> Outcome<Vec<Row>> {
+    let recorded = Connection::open(recorded)?;
+    let mut select = recorded.prepare(
+        "SELECT shard, id & ((1 << 40) - 1), conversation, seq, key, sender, device, kind, client_id, ts_ms, payload
+         FROM log WHERE ts_ms >= ?1 AND ts_ms < ?2 ORDER BY ts_ms, id",
+    )?;
+    let rows = select.query_map([stored_ms.start, stored_ms.end], |row| {
+        Ok(Row {
+            shard: row.get(0)?,
+            pos: row.get(1)?,
+            conversation: row.get(2)?,
+            seq: row.get(3)?,
+            key: row.get(4)?,
+            sender: row.get(5)?,
+            device: row.get(6)?,
+            kind: row.get(7)?,
+            client_id: row.get(8)?,
+            ts_ms: row.get(9)?,
+            payload: row.get(10)?,
+        })
+    })?;
+    Ok(rows.collect::<Result<Vec<Row>, _>>()?)
+}
+
+/// A database with the tables of `recorded` and nothing in them, in the state of a store that has run for long: its write-ahead log has
+/// its full length (a file that grows costs a journal commit with each fsync), and starts over when it is full.
+fn empty_copy(recorded: &Path, path: &Path) -> Outcome<Connection> {
     let database = Connection::open(path)?;
     database.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
     database.pragma_update(None, "synchronous", "FULL")?;
     database.pragma_update(None, "cache_size", -16 * 1024)?;
+    database.pragma_update_and_check(None, "wal_autocheckpoint", WAL_PAGES_MAX, |_| Ok(()))?;
+    let recorded = Connection::open(recorded)?;
     let mut tables = recorded.prepare("SELECT sql FROM sqlite_master WHERE tbl_name = 'log' AND sql IS NOT NULL")?;
     for sql in tables.query_map([], |row| row.get::<_, String>(0))? {
         database.execute_batch(&sql?)?;
     }
+    database.execute_batch("CREATE TABLE filler (x BLOB); INSERT INTO filler VALUES (zeroblob(64 << 20))")?;
+    database.query_row("PRAGMA wal_checkpoint(RESTART)", [], |_| Ok(()))?;
     Ok(database)
 }
 
@@ -65,39 +104,35 @@ fn insert(database: &Connection, rows: &[Row]) -> rusqlite::Result<()> {
     database.execute_batch("COMMIT")
 }
 
-/// Writes the rows of a recorded SQLite file again, so many in a transaction; rows per second.
-pub fn replay_sqlite(recorded: &Path, copy: &Path, batch_rows: usize) -> Outcome<f64> {
-    let recorded = Connection::open(recorded)?;
-    let mut select = recorded.prepare(
-        "SELECT shard, id & ((1 << 40) - 1), conversation, seq, key, sender, device, kind, client_id, ts_ms, payload
-         FROM log ORDER BY ts_ms, id",
-    )?;
-    let rows = select.query_map([], |row| {
-        Ok(Row {
-            shard: row.get(0)?,
-            pos: row.get(1)?,
-            conversation: row.get(2)?,
-            seq: row.get(3)?,
-            key: row.get(4)?,
-            sender: row.get(5)?,
-            device: row.get(6)?,
-            kind: row.get(7)?,
-            client_id: row.get(8)?,
-            ts_ms: row.get(9)?,
-            payload: row.get(10)?,
-        })
-    })?;
-    let rows = rows.collect::<Result<Vec<Row>, _>>()?;
-    let database = empty_copy(&recorded, copy)?;
+/// Cuts rows into the recorded transactions; an error if they do not add up.
+fn cut<'a>(mut rows: &'a [Row], transactions: &[usize]) -> Outcome<Vec<&'a [Row]>> {
+    let recorded: usize = transactions.iter().sum();
+    if recorded != rows.len() {
+        return Err(format!("the recorded transactions have {recorded} rows, the log has {}", rows.len()).into());
+    }
+    let mut batches = Vec::with_capacity(transactions.len());
+    for size in transactions {
+        let (batch, rest) = rows.split_at(*size);
+        batches.push(batch);
+        rows = rest;
+    }
+    Ok(batches)
+}
+
+/// Writes the rows of a recorded SQLite file again, transaction by transaction of the sizes recorded; rows per second.
+pub fn replay_sqlite(recorded: &Path, copy: &Path, transactions: &[usize]) -> Outcome<f64> {
+    let rows = rows_of(recorded, 0..i64::MAX)?;
+    let batches = cut(&rows, transactions)?;
+    let database = empty_copy(recorded, copy)?;
     let start = Instant::now();
-    for batch in rows.chunks(batch_rows.max(1)) {
+    for batch in batches {
         insert(&database, batch)?;
     }
     Ok(rows.len() as f64 / start.elapsed().as_secs_f64())
 }
 
 /// The same for the log of a PostgreSQL database: one statement is one transaction is one flush.
-pub async fn replay_postgres(url: &str, batch_rows: usize) -> Outcome<f64> {
+pub async fn replay_postgres(url: &str, transactions: &[usize]) -> Outcome<f64> {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
     tokio::spawn(connection);
     let select = "SELECT shard, pos, conversation, seq, key, sender, device, kind, client_id, ts_ms, payload FROM log ORDER BY ts_ms, pos";
@@ -124,8 +159,9 @@ pub async fn replay_postgres(url: &str, batch_rows: usize) -> Outcome<f64> {
         SELECT * FROM unnest($1::int4[], $2::text[], $3::int8[], $4::int8[], $5::bytea[], $6::text[], $7::text[], $8::int2[],
                              $9::text[], $10::int8[], $11::bytea[])";
     let insert = client.prepare(insert).await?;
+    let batches = cut(&rows, transactions)?;
     let start = Instant::now();
-    for batch in rows.chunks(batch_rows.max(1)) {
+    for batch in batches {
         macro_rules! column {
             ($field:ident) => {
                 &batch.iter().map(|row| &row.$field).collect::<Vec<_>>()
@@ -149,29 +185,24 @@ pub async fn replay_postgres(url: &str, batch_rows: usize) -> Outcome<f64> {
     Ok(rows.len() as f64 / start.elapsed().as_secs_f64())
 }
 
-/// Bytes of a message of [`group_commit_round_trip`]: its number and a payload.
+/// Bytes of a message of [`group_commit_round_trip`]: the number of its row, and as many more as a small message has.
 const RECORD_BYTES: usize = 128;
 
 /// A socket, and behind it one thread that stores all that came in with one transaction and then answers it: how long a message
-/// takes at a constant rate. `recorded` gives the table.
+/// takes at a constant rate. The rows are those of the system under test (`recorded` gives the table), in their order.
 pub fn group_commit_round_trip(
+    rows: Vec<Row>,
     recorded: &Path,
     copy: &Path,
     per_second: u64,
-    length: Duration,
 ) -> Outcome<Histogram<u64>> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    let database = empty_copy(&Connection::open(recorded)?, copy)?;
-    // As a store that runs for long: its write-ahead log has its full length (a file that grows costs a journal commit with each
-    // fsync), and starts over when it is full.
-    database.pragma_update_and_check(None, "wal_autocheckpoint", 16_384, |_| Ok(()))?;
-    database.execute_batch("CREATE TABLE filler (x BLOB); INSERT INTO filler VALUES (zeroblob(64 << 20))")?;
-    database.query_row("PRAGMA wal_checkpoint(RESTART)", [], |_| Ok(()))?;
+    let database = empty_copy(recorded, copy)?;
     let mut stream = TcpStream::connect(listener.local_addr()?)?;
     stream.set_nodelay(true)?;
     let (server, _) = listener.accept()?;
-    let server = std::thread::spawn(move || store_and_answer(server, &database));
-    let count = per_second * length.as_secs();
+    let count = rows.len() as u64;
+    let server = std::thread::spawn(move || store_and_answer(server, &database, &rows));
     let start = Instant::now() + Duration::from_millis(10);
     let due = move |number: u64| start + Duration::from_nanos(number * 1_000_000_000 / per_second);
     let mut answers = stream.try_clone()?;
@@ -185,18 +216,26 @@ pub fn group_commit_round_trip(
         Ok(latency)
     });
     let mut record = [7; RECORD_BYTES];
+    let mut sent = Ok(());
     for number in 0..count {
         std::thread::sleep(due(number).saturating_duration_since(Instant::now()));
         record[..8].copy_from_slice(&number.to_le_bytes());
-        stream.write_all(&record)?;
+        sent = stream.write_all(&record);
+        if sent.is_err() {
+            break;
+        }
     }
-    let latency = reader.join().map_err(|_| "the reader panicked")??;
-    stream.shutdown(std::net::Shutdown::Write)?;
+    // Once the last one is answered nothing more comes; a server that failed has closed its end.
+    let latency = reader.join().map_err(|_| "the reader panicked")?;
+    let closed = stream.shutdown(std::net::Shutdown::Both);
+    // What the server says tells more than the broken socket.
     server.join().map_err(|_| "the server panicked")??;
-    Ok(latency)
+    sent?;
+    closed?;
+    Ok(latency?)
 }
 
-fn store_and_answer(mut stream: TcpStream, database: &Connection) -> Outcome {
+fn store_and_answer(mut stream: TcpStream, database: &Connection, rows: &[Row]) -> Outcome {
     stream.set_nodelay(true)?;
     let mut buffer = vec![0; 1 << 20];
     let mut filled = 0;
@@ -207,30 +246,15 @@ fn store_and_answer(mut stream: TcpStream, database: &Connection) -> Outcome {
         }
         filled += read;
         let whole = filled / RECORD_BYTES * RECORD_BYTES;
-        let rows: Vec<Row> = buffer[..whole].chunks_exact(RECORD_BYTES).map(row_of).collect();
         let numbers: Vec<u8> =
             buffer[..whole].chunks_exact(RECORD_BYTES).flat_map(|record| record[..8].iter().copied()).collect();
-        insert(database, &rows)?;
+        let (numbers_of_rows, _) = numbers.as_chunks::<8>();
+        if let (Some(first), Some(last)) = (numbers_of_rows.first(), numbers_of_rows.last()) {
+            let range = u64::from_le_bytes(*first) as usize..=u64::from_le_bytes(*last) as usize;
+            insert(database, rows.get(range).ok_or("a row that does not exist was asked for")?)?;
+        }
         stream.write_all(&numbers)?;
         buffer.copy_within(whole..filled, 0);
         filled -= whole;
-    }
-}
-
-fn row_of(record: &[u8]) -> Row {
-    let number = record.iter().take(8).rev().fold(0i64, |number, byte| (number << 8) | i64::from(*byte));
-    let conversation = number % 256;
-    Row {
-        shard: (conversation % 64) as i32,
-        pos: number + 1,
-        conversation: format!("u/a{conversation}/b{conversation}"),
-        seq: number / 256 + 1,
-        key: format!("\x01a{conversation}\0phone\0{number:016x}").into_bytes(),
-        sender: format!("a{conversation}"),
-        device: "phone".to_owned(),
-        kind: 0,
-        client_id: format!("{number:016x}"),
-        ts_ms: number,
-        payload: record[28..].to_vec(),
     }
 }

@@ -24,6 +24,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// What goes wrong ends the run, with the text telling what to look at.
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -147,12 +148,34 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(run(&arguments)) {
+    let outcome = runtime.block_on(async {
+        // Whoever ends the run drops it, and with it the processes and files that it made.
+        tokio::select! {
+            outcome = run(&arguments) => outcome,
+            name = interrupted() => Err(format!("ended by {name}").into()),
+        }
+    });
+    // A bare loop that is still writing has no more use.
+    runtime.shutdown_background();
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("imbench: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Waits for a signal that asks the process to end, and gives its name.
+async fn interrupted() -> &'static str {
+    let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+    let [Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)] = signals else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+        _ = hangup.recv() => "SIGHUP",
     }
 }
 

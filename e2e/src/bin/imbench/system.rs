@@ -1,5 +1,6 @@
 //! The processes under test: a whole system, single members, mosquitto; what they use of the machine.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use std::time::Duration;
 use im_e2e::api::Api;
 use im_e2e::view::Member;
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
@@ -17,6 +19,8 @@ use crate::Outcome;
 
 /// Until something that was started is ready.
 const READY_WITHIN: Duration = Duration::from_secs(60);
+/// Attempts to remove the directory.
+const REMOVALS_MAX: u32 = 100;
 
 /// Where the programs are and where they may write; its files go when it is dropped.
 pub struct Bench {
@@ -48,11 +52,12 @@ impl Bench {
         Ok(folder)
     }
 
-    /// Starts a program of ours; it ends with the handle. Its log goes to `folder`.
+    /// Starts a program of ours; it ends with the handle. Its log goes to a file of `folder`, which [`recorded_transactions`] reads.
     pub fn start(&self, name: &str, arguments: &[&str], folder: &Path) -> Outcome<Child> {
         let log = fs::File::create(folder.join(format!("{name}-{}.log", arguments.first().unwrap_or(&""))))?;
         let mut command = Command::new(self.programs.join(name));
-        command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true);
+        command.args(arguments).env("RUST_LOG", format!("info,{TRANSACTIONS}=trace"));
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true);
         Ok(command.spawn()?)
     }
 
@@ -64,7 +69,7 @@ impl Bench {
     }
 
     /// The same to its end.
-    pub async fn imload_result(&self, arguments: &[String]) -> Outcome<serde_json::Value> {
+    pub async fn imload_result(&self, arguments: &[String]) -> Outcome<Value> {
         let output = self.imload(arguments).stdin(Stdio::null()).output().await?;
         if !output.status.success() {
             return Err(format!("imload {arguments:?}: {}", output.status).into());
@@ -75,10 +80,31 @@ impl Bench {
 
 impl Drop for Bench {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.directory) {
+        // Processes that were just killed may still be making files.
+        let mut removed = Ok(());
+        for _ in 0..REMOVALS_MAX {
+            removed = fs::remove_dir_all(&self.directory);
+            match &removed {
+                Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => {}
+                _ => break,
+            }
+        }
+        if let Err(error) = removed {
             eprintln!("imbench: removing {}: {error}", self.directory.display());
         }
     }
+}
+
+/// Rows stored and commits made so far by a business member, from its metrics.
+pub async fn committed(metrics: &Api) -> Outcome<[f64; 2]> {
+    let text = metrics.get("/metrics").await?;
+    let text = text.as_str().ok_or("the metrics are no text")?;
+    let read = |name: &str| {
+        let value =
+            text.lines().find_map(|line| line.strip_prefix(name)).ok_or_else(|| format!("no {name} in the metrics"))?;
+        value.trim().parse::<f64>().map_err(|error| format!("{name}: {error}"))
+    };
+    Ok([read("im_committed_total ")?, read("im_commits_total ")?])
 }
 
 /// Polls until `condition` gives a value.
@@ -177,18 +203,38 @@ impl Cluster {
     }
 
     /// The status document.
-    pub async fn status(&self, bench: &Bench) -> Outcome<serde_json::Value> {
+    pub async fn status(&self, bench: &Bench) -> Outcome<Value> {
         let mut command = Command::new(bench.programs.join("imcluster"));
         let output =
             command.args(["status", "-o", "json", "--data-dir"]).arg(self.folder.join("data")).output().await?;
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
+    /// CPU seconds used by each tier's processes; the supervisor counts as `control`.
+    pub fn cpu_by_role(&self) -> Outcome<BTreeMap<String, f64>> {
+        let supervisor = self.supervisor.id().ok_or("imcluster up ended")?;
+        let mut used = BTreeMap::from([("control".to_owned(), cpu_seconds(supervisor))]);
+        for member in self.members_of("")? {
+            *used.entry(member.role).or_default() += cpu_seconds(member.pid);
+        }
+        Ok(used)
+    }
+
+    /// Log entries stored and commits made so far by all business members.
+    pub async fn commits(&self) -> Outcome<[f64; 2]> {
+        let mut sum = [0.0; 2];
+        for member in self.members_of("business")? {
+            let admin = member.addresses.get("admin").and_then(Value::as_str);
+            let admin = admin.ok_or_else(|| format!("members.json has no admin address of {}", member.name))?;
+            let [rows, commits] = committed(&Api::new(admin.parse()?)).await?;
+            sum = [sum[0] + rows, sum[1] + commits];
+        }
+        Ok(sum)
+    }
+
     /// CPU seconds used by all processes of the system.
     pub fn cpu_seconds(&self) -> Outcome<f64> {
-        let members = self.members_of("")?;
-        let supervisor = self.supervisor.id().ok_or("imcluster up ended")?;
-        Ok(members.iter().map(|member| member.pid).chain([supervisor]).map(cpu_seconds).sum())
+        Ok(self.cpu_by_role()?.values().sum())
     }
 
     /// Ends it.
@@ -258,6 +304,22 @@ impl Mosquitto {
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id().unwrap_or(0)
+    }
+}
+
+/// Where stores log the size of each transaction.
+const TRANSACTIONS: &str = "im_business::store::transactions";
+
+/// The log rows of each transaction that a process logged, in their order.
+pub fn recorded_transactions(log: &Path) -> Outcome<Vec<usize>> {
+    let text = fs::read_to_string(log)?;
+    let lines = text.lines().filter(|line| line.contains(TRANSACTIONS));
+    let rows = lines.filter_map(|line| line.rsplit_once("rows=")?.1.split_whitespace().next()?.parse().ok());
+    let transactions: Vec<usize> = rows.filter(|rows| *rows > 0).collect();
+    if transactions.is_empty() {
+        Err(format!("{} has no transactions", log.display()).into())
+    } else {
+        Ok(transactions)
     }
 }
 

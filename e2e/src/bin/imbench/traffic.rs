@@ -1,11 +1,12 @@
 //! What clients see and what it costs, with the load generator `imload`: the same traffic to this system and to mosquitto.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use im_e2e::history::new_latency_histogram;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::{sleep, timeout};
@@ -13,6 +14,7 @@ use tokio::time::{sleep, timeout};
 use crate::system::{Bench, Cluster, Mosquitto, cpu_seconds, resident_kib};
 use crate::{Outcome, Table, Wanted, bare};
 
+/// Messages per second; the limits are set for it.
 const RATE: u64 = 5_000;
 const CLIENTS: u32 = 200;
 /// Whom each client writes to.
@@ -36,24 +38,57 @@ fn steady_arguments(address: SocketAddr, rate: f64, peers: u32, seconds: u64, br
     text.split(' ').chain(broker).map(str::to_owned).collect()
 }
 
-/// 1:1 messages, QoS 1: latency, CPU per message, and the highest rate.
-pub async fn steady(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
-    let messages = (RATE * (seconds + WARM_UP_SECONDS)) as f64;
+/// A load on the system, and what it cost.
+struct Loaded {
+    result: Value,
+    /// CPU per message by tier, µs.
+    cpu: BTreeMap<String, f64>,
+    /// Messages in a commit.
+    rows_per_commit: f64,
+    /// When it was, milliseconds since the Unix epoch.
+    ran_ms: Range<i64>,
+}
 
+impl Loaded {
+    fn cpu_of_all(&self) -> f64 {
+        self.cpu.values().sum()
+    }
+}
+
+/// Loads the system at [`RATE`].
+async fn load(bench: &Bench, cluster: &Cluster, peers: u32, seconds: u64) -> Outcome<Loaded> {
+    let (start, cpu, [rows, commits]) = (now_ms(), cluster.cpu_by_role()?, cluster.commits().await?);
+    let arguments = steady_arguments(cluster.mqtt, RATE as f64, peers, seconds, false);
+    let result = bench.imload_result(&arguments).await?;
+    complete(&result)?;
+    let [rows_after, commits_after] = cluster.commits().await?;
+    let messages = (RATE * (seconds + WARM_UP_SECONDS)) as f64;
+    let per_message = |(role, after): (String, f64)| {
+        let before = cpu.get(&role).copied().unwrap_or_default();
+        (role, (after - before) / messages * 1e6)
+    };
+    let cpu = cluster.cpu_by_role()?.into_iter().map(per_message).collect();
+    let rows_per_commit = (rows_after - rows) / (commits_after - commits).max(1.0);
+    Ok(Loaded { result, cpu, rows_per_commit, ran_ms: start..now_ms() })
+}
+
+fn now_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// 1:1 messages, QoS 1: latency, CPU per message, and the highest rate. Twice: people who write to a few others again and again, and
+/// anybody to anybody, where most messages open a conversation.
+pub async fn steady(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
     let cluster = Cluster::start(bench, "steady", 1).await?;
-    let before = cluster.cpu_seconds()?;
-    let ours = bench.imload_result(&steady_arguments(cluster.mqtt, RATE as f64, PEERS, seconds, false)).await?;
-    let between = cluster.cpu_seconds()?;
-    complete(&ours)?;
-    complete(&bench.imload_result(&steady_arguments(cluster.mqtt, RATE as f64, 0, seconds, false)).await?)?;
-    let after = cluster.cpu_seconds()?;
-    let (our_cpu, our_cpu_cold) = ((between - before) / messages * 1e6, (after - between) / messages * 1e6);
+    let with_peers = load(bench, &cluster, PEERS, seconds).await?;
+    let random_pairs = load(bench, &cluster, 0, seconds).await?;
     let our_highest = highest_rate(bench, cluster.mqtt, false).await?;
     let recorded =
         find(&cluster.data_dir(), "messages.sqlite").ok_or("the store's file is not in the data directory")?;
     cluster.stop().await?;
 
     let mosquitto = Mosquitto::start(bench).await?;
+    let messages = (RATE * (seconds + WARM_UP_SECONDS)) as f64;
     let before = cpu_seconds(mosquitto.pid());
     let theirs = bench.imload_result(&steady_arguments(mosquitto.address, RATE as f64, PEERS, seconds, true)).await?;
     let their_cpu = (cpu_seconds(mosquitto.pid()) - before) / messages * 1e6;
@@ -61,26 +96,33 @@ pub async fn steady(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
     let their_highest = highest_rate(bench, mosquitto.address, true).await?;
     drop(mosquitto);
 
-    let copy = bench.folder("bare")?.join("bare.sqlite");
-    let length = Duration::from_secs(seconds);
-    let bare =
-        tokio::task::spawn_blocking(move || bare::group_commit_round_trip(&recorded, &copy, RATE, length)).await?;
-    let bare = bare.unwrap_or_else(|error| {
-        eprintln!("imbench: the bare group commit: {error}");
-        new_latency_histogram()
-    });
-    for (name, quantile, path, wanted) in [
-        ("ack p50 at 5,000/s, 200 clients", 0.5, "/ackMillis/p50", Wanted::Shown),
-        ("ack p99 at 5,000/s, 200 clients", 0.99, "/ackMillis/p99", Wanted::AtMost(3.0)),
+    let folder = bench.folder("bare")?;
+    for (name, ours, cpu_wanted) in [
+        (format!("{PEERS} peers each"), &with_peers, Wanted::AtMost(3.0)),
+        ("random pairs".to_owned(), &random_pairs, Wanted::Shown),
     ] {
-        let peer = bare.value_at_quantile(quantile) as f64 / 1_000.0;
-        table.add(name, "ms", number(&ours, path)?, "bare group commit, same rate", peer, wanted);
+        let (recorded, copy) = (recorded.clone(), folder.join(format!("{name}.sqlite")));
+        let rows = bare::rows_of(&recorded, ours.ran_ms.clone())?;
+        let bare =
+            tokio::task::spawn_blocking(move || bare::group_commit_round_trip(rows, &recorded, &copy, RATE)).await??;
+        for (at, quantile, path, wanted) in
+            [("p50", 0.5, "/ackMillis/p50", Wanted::Shown), ("p99", 0.99, "/ackMillis/p99", Wanted::AtMost(3.0))]
+        {
+            let peer = bare.value_at_quantile(quantile) as f64 / 1_000.0;
+            let ack = number(&ours.result, path)?;
+            table.add(format!("ack {at}, {name}"), "ms", ack, "bare group commit of the same rows", peer, wanted);
+        }
+        let all = ours.cpu_of_all();
+        table.add(format!("CPU per message, {name}"), "µs", all, "mosquitto (not durable)", their_cpu, cpu_wanted);
+        for (role, cpu) in &ours.cpu {
+            table.add(format!("… {role}"), "µs", *cpu, "mosquitto (not durable)", their_cpu, Wanted::Shown);
+        }
+        let one = "one message a commit";
+        table.add(format!("messages per commit, {name}"), "", ours.rows_per_commit, one, 1.0, Wanted::Shown);
     }
-    let (delivery, peer) = (number(&ours, "/deliveryMillis/p99")?, number(&theirs, "/deliveryMillis/p99")?);
+    let (delivery, peer) =
+        (number(&with_peers.result, "/deliveryMillis/p99")?, number(&theirs, "/deliveryMillis/p99")?);
     table.add("delivery p99 at 5,000/s", "ms", delivery, "mosquitto (not durable)", peer, Wanted::Shown);
-    table.add("CPU per message, all tiers", "µs", our_cpu, "mosquitto (not durable)", their_cpu, Wanted::AtMost(3.0));
-    let cold = "the same, anybody writes to anybody";
-    table.add(cold, "µs", our_cpu_cold, "mosquitto (not durable)", their_cpu, Wanted::Shown);
     table.add(
         "saturating rate, same machine as the load",
         "1/s",

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Builds the image of imcluster, im-gateway and im-business.
+#
+#   build.sh [TAG]            with docker or buildah, by the Dockerfile; where neither answers, a docker-archive with the same
+#                             content, .run/images/imcluster.tar.
+#   build.sh --dev OUT TAG    a docker-archive OUT of the development build that tests share, with the few libraries that its
+#                             programs are linked to. It costs no second compilation, and is not for production.
+#
+# LABEL=NAME=VALUE in the environment adds a label to an archive: other content under another tag.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+programs=(imcluster im-gateway im-business)
+
+# archive OUT TAG FOLDER: the programs of FOLDER, and what they are linked to.
+archive() {
+    local out="$1" tag="$2" folder="$3" content=() library certificates=/etc/ssl/certs/ca-certificates.crt stripped program
+    stripped="$(mktemp -d)"
+    # shellcheck disable=SC2064
+    trap "rm -rf '$stripped'" EXIT
+    for program in "${programs[@]}"; do
+        strip --strip-debug -o "$stripped/$program" "$folder/$program"
+        content+=("$stripped/$program=/$program")
+    done
+    # A static program has none; ldd says so and fails.
+    for library in $(ldd "${programs[@]/#/$folder/}" 2>/dev/null | awk '$2 == "=>" { print $3 } $1 ~ "^/.*ld-" { print $1 }' | sort -u); do
+        content+=("$library=$library")
+    done
+    [ ! -e $certificates ] || content+=("$certificates=$certificates")
+    mkdir -p "$(dirname "$out")"
+    python3 images/archive.py "$out" --tag "$tag" --user 65532:65532 --entrypoint '["/imcluster"]' \
+        ${LABEL:+--label "$LABEL"} "${content[@]}"
+    echo "$out: $tag, $(($(stat -c %s "$out") >> 20)) MiB"
+}
+
+if [ "${1:-}" = --dev ]; then
+    cargo build --workspace --bins --quiet
+    archive "$2" "$3" "${CARGO_TARGET_DIR:-target}/debug"
+    exit
+fi
+
+tag="${1:-imcluster:latest}"
+if docker info >/dev/null 2>&1; then
+    docker build --file images/Dockerfile --tag "$tag" .
+elif command -v buildah >/dev/null; then
+    buildah bud --file images/Dockerfile --tag "$tag" .
+else
+    target="$(rustc -vV | sed -n 's/^host: //p')"
+    RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --workspace --bins --target "$target"
+    archive .run/images/imcluster.tar "$tag" "${CARGO_TARGET_DIR:-target}/$target/release"
+fi

@@ -1,0 +1,216 @@
+//! One task for each ImCluster while this replica leads: it holds the decisions' loop and is the only writer of the
+//! status.
+
+use super::accepted::{Accepted, MANAGER};
+use super::decide::Problem;
+use super::events::{happenings, publish};
+use super::status::{Situation, is_news, status};
+use crate::control::{Clusters, ControlError, Led, Setup};
+use crate::platform::kubernetes::{KubernetesPlatform, World};
+use im_crds::{ImCluster, ImClusterStatus};
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use serde_json::json;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio_util::task::AbortOnDropHandle;
+
+/// Between two looks at what control says; a status is written at most that often.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// The first pause after the loop of a cluster ended; it doubles up to the longest.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// The longest pause.
+const RETRY_LONGEST: Duration = Duration::from_secs(30);
+/// After a loop that ran so long the pauses begin anew.
+const RAN_WELL: Duration = Duration::from_secs(60);
+
+/// What a reconcile makes of an ImCluster.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// What the status is about.
+    pub situation: Situation,
+    /// What is to run, and the token of its members; `None` = what runs goes on.
+    pub run: Option<(Accepted, String)>,
+}
+
+/// What all keepers share.
+pub struct Shared {
+    /// The API, and what is known of all members.
+    pub world: Arc<World>,
+    /// Where members are taken to their cluster's loop.
+    pub clusters: Arc<Clusters>,
+    /// How clusters are led.
+    pub setup: Setup,
+    /// Who tells events: this pod.
+    pub reporter: String,
+}
+
+/// The task of one ImCluster; it ends when this is dropped.
+pub struct Keeper {
+    uid: String,
+    orders: watch::Sender<Order>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Keeper {
+    /// Keeps the ImCluster that `regarding` names; `previous` is the status that it has.
+    pub fn start(
+        shared: Arc<Shared>,
+        regarding: ObjectReference,
+        previous: Option<ImClusterStatus>,
+        order: Order,
+    ) -> Self {
+        let uid = regarding.uid.clone().unwrap_or_default();
+        let (orders, received) = watch::channel(order);
+        let keeping = Keeping {
+            shared,
+            regarding,
+            previous: previous.unwrap_or_default(),
+            running: None,
+            failures: 0,
+            retry_at: Instant::now(),
+        };
+        Self { uid, orders, _task: AbortOnDropHandle::new(tokio::spawn(keeping.run(received))) }
+    }
+
+    /// Whether this is the very object, not an earlier one of its name.
+    pub fn is_of(&self, uid: Option<&str>) -> bool {
+        uid == Some(self.uid.as_str())
+    }
+
+    /// What a later reconcile found.
+    pub fn order(&self, order: Order) {
+        self.orders.send_replace(order);
+    }
+}
+
+struct Running {
+    platform: Arc<KubernetesPlatform>,
+    led: Led,
+    accepted: Accepted,
+    since: Instant,
+}
+
+struct Keeping {
+    shared: Arc<Shared>,
+    regarding: ObjectReference,
+    previous: ImClusterStatus,
+    running: Option<Running>,
+    failures: u32,
+    retry_at: Instant,
+}
+
+impl Keeping {
+    async fn run(mut self, mut orders: watch::Receiver<Order>) {
+        let mut looks = interval(LOOK_INTERVAL);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut failure: Option<Problem> = None;
+        loop {
+            let mut order = orders.borrow_and_update().clone();
+            self.follow(&order);
+            if self.running.is_some() {
+                failure = None;
+            }
+            if order.situation.problem.is_none() {
+                order.situation.problem = failure.clone();
+            }
+            self.show(&order.situation).await;
+            let waits = self.running.is_none() && order.run.is_some();
+            tokio::select! {
+                changed = orders.changed() => if changed.is_err() { return },
+                _ = looks.tick() => {}
+                () = sleep_until(self.retry_at), if waits => {}
+                ended = ended(&mut self.running) => failure = Some(self.on_ended(&ended)),
+            }
+        }
+    }
+
+    /// Begins to lead, or lets the loop know what changed.
+    fn follow(&mut self, order: &Order) {
+        match (&mut self.running, &order.run) {
+            (Some(running), Some((accepted, _))) => {
+                if !same(running.accepted.cluster(), accepted.cluster()) {
+                    running.platform.set_cluster(accepted.clone());
+                    running.accepted = accepted.clone();
+                }
+            }
+            (Some(running), None) => {
+                if let Some(problem) = &order.situation.problem {
+                    running.platform.refuse(&problem.message);
+                }
+            }
+            (None, Some((accepted, token))) if Instant::now() >= self.retry_at => {
+                let platform = KubernetesPlatform::new(self.shared.world.clone(), accepted.clone());
+                let setup = self.shared.setup.clone();
+                let led = self.shared.clusters.lead(accepted.key(), token.clone(), platform.clone(), setup);
+                self.running = Some(Running { platform, led, accepted: accepted.clone(), since: Instant::now() });
+            }
+            (None, _) => {}
+        }
+    }
+
+    fn on_ended(&mut self, ended: &Result<(), ControlError>) -> Problem {
+        let ran_well = self.running.take().is_some_and(|running| running.since.elapsed() >= RAN_WELL);
+        self.failures = if ran_well { 1 } else { self.failures.saturating_add(1) };
+        let pause = RETRY_FIRST.saturating_mul(1 << (self.failures - 1).min(10)).min(RETRY_LONGEST);
+        self.retry_at = Instant::now() + pause;
+        let why = match ended {
+            Ok(()) => "its platform ended".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(cluster = ?self.regarding.name, "nobody decides for it: {why}; again in {pause:?}");
+        Problem { reason: "ControlFailed", message: format!("nobody decides for this cluster: {why}; tried again") }
+    }
+
+    /// Writes the status if it means something else than before, and tells what changed.
+    async fn show(&mut self, situation: &Situation) {
+        let shown = self.running.as_ref().map(|running| running.led.status.borrow().clone());
+        let next = status(&self.previous, situation, shown.as_ref(), SystemTime::now());
+        if !is_news(&self.previous, &next) {
+            return;
+        }
+        let client = self.shared.world.client();
+        let (Some(namespace), Some(name)) = (&self.regarding.namespace, &self.regarding.name) else { return };
+        let api: Api<ImCluster> = Api::namespaced(client.clone(), namespace);
+        let patch = json!({
+            "apiVersion": self.regarding.api_version,
+            "kind": self.regarding.kind,
+            "metadata": { "name": name, "uid": self.regarding.uid },
+            "status": next,
+        });
+        let params = PatchParams::apply(MANAGER).force();
+        self.shared.world.wrote("ImCluster/status");
+        // Only the answer's success matters: an object that can't be read has a status all the same.
+        let written = api.patch_status(name, &params, &Patch::Apply(&patch)).await;
+        match written {
+            Ok(_) | Err(kube::Error::SerdeError(_)) => {}
+            Err(error) => {
+                // The next look tries again.
+                tracing::warn!(%namespace, %name, %error, "its status can't be written");
+                return;
+            }
+        }
+        for happening in happenings(&self.previous, &next) {
+            self.shared.world.wrote("Event");
+            if let Err(error) = publish(client, &self.shared.reporter, &self.regarding, happening).await {
+                tracing::warn!(%namespace, %name, %error, "an event can't be written");
+            }
+        }
+        self.previous = next;
+    }
+}
+
+/// Whether members would not notice the difference.
+fn same(a: &ImCluster, b: &ImCluster) -> bool {
+    a.spec == b.spec && a.metadata.annotations == b.metadata.annotations
+}
+
+async fn ended(running: &mut Option<Running>) -> Result<(), ControlError> {
+    match running {
+        Some(running) => running.led.ended().await,
+        None => std::future::pending().await,
+    }
+}

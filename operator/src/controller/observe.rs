@@ -1,0 +1,153 @@
+//! First step of a reconcile: what is there. Reads, and nothing else.
+
+use super::accepted::{Accepted, CLUSTER_LABEL, TIER_LABEL};
+use super::children::{Children, SecretNeed, secret_needs};
+use super::pods::MemberTemplate;
+use crate::platform::Tier;
+use crate::platform::kubernetes::World;
+use crate::platform::kubernetes::facts::DeploymentFacts;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::api::{ApiResource, DynamicObject, ListParams};
+use kube::{Api, Resource, ResourceExt};
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::BTreeSet;
+
+/// One object as it should be, of whatever kind.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Child {
+    /// Its kind.
+    pub resource: ApiResource,
+    /// Its name.
+    pub name: String,
+    /// All that is wanted of it.
+    pub wanted: Value,
+}
+
+impl Child {
+    fn new<K>(object: &K) -> Result<Self, serde_json::Error>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Serialize,
+    {
+        let resource = ApiResource::erase::<K>(&());
+        Ok(Self { resource, name: object.name_any(), wanted: serde_json::to_value(object)? })
+    }
+
+    /// For people: `Service chat`.
+    pub fn title(&self) -> String {
+        format!("{} {}", self.resource.kind, self.name)
+    }
+}
+
+impl Children {
+    /// Every child, in the order in which they are applied: what is referred to comes first.
+    ///
+    /// # Errors
+    /// Only if an object can't be JSON.
+    pub fn into_list(self) -> Result<Vec<Child>, serde_json::Error> {
+        // Without `..`: a child that is not applied does not compile.
+        let Self { service_accounts, services, disruption_budgets, network_policies, store_config, store } = self;
+        let mut list = Vec::new();
+        for object in &service_accounts {
+            list.push(Child::new(object)?);
+        }
+        for object in &network_policies {
+            list.push(Child::new(object)?);
+        }
+        for object in &services {
+            list.push(Child::new(object)?);
+        }
+        for object in &disruption_budgets {
+            list.push(Child::new(object)?);
+        }
+        if let Some(object) = &store_config {
+            list.push(Child::new(object)?);
+        }
+        if let Some(object) = &store {
+            list.push(Child::new(object)?);
+        }
+        Ok(list)
+    }
+}
+
+/// A child beside what is there in its place.
+#[derive(Clone, Debug)]
+pub struct Observation {
+    /// As it should be.
+    pub child: Child,
+    /// As it is, if it is.
+    pub live: Option<DynamicObject>,
+}
+
+/// How a Secret of the user is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecretState {
+    /// It has all that is needed.
+    Complete,
+    /// There is none.
+    Missing,
+    /// It lacks these keys.
+    Lacks(Vec<String>),
+}
+
+/// All that a reconcile decides on.
+#[derive(Debug)]
+pub struct Observed {
+    /// Every child.
+    pub children: Vec<Observation>,
+    /// The Secret of tokens, if it was made.
+    pub tokens: Option<Secret>,
+    /// Every Secret that the user names.
+    pub secrets: Vec<(SecretNeed, SecretState)>,
+    /// Deployments that run nothing any more.
+    pub spent: Vec<DeploymentFacts>,
+    /// There are Deployments of other templates.
+    pub rolling: bool,
+    /// ConfigMaps that nobody is started with any more.
+    pub unused_configs: Vec<String>,
+}
+
+/// Looks at everything that belongs to that ImCluster.
+///
+/// # Errors
+/// What the API server says.
+pub async fn observe(world: &World, accepted: &Accepted) -> Result<Observed, kube::Error> {
+    let client = world.client();
+    let namespace = accepted.namespace();
+    let list = Children::new(accepted, world.surroundings()).into_list().map_err(kube::Error::SerdeError)?;
+    let mut children = Vec::with_capacity(list.len());
+    for child in list {
+        let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &child.resource);
+        let live = api.get_opt(&child.name).await?;
+        children.push(Observation { child, live });
+    }
+
+    let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
+    let tokens = api.get_opt(&accepted.child("tokens")).await?;
+    let mut secrets = Vec::new();
+    for need in secret_needs(accepted) {
+        let found = api.get_opt(&need.name).await?;
+        let state = secret_state(&need, found.as_ref());
+        secrets.push((need, state));
+    }
+
+    let templates = Tier::ALL.map(|tier| MemberTemplate::new(accepted, world.surroundings(), tier).digest);
+    let (spent, rolling) = world.outdated(&accepted.key(), &templates);
+    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let ours = format!("{CLUSTER_LABEL}={},{TIER_LABEL}", accepted.name());
+    let configs = api.list_metadata(&ListParams::default().labels(&ours)).await?;
+    let mut used: BTreeSet<String> = world.deployment_names(&accepted.key());
+    used.extend(Tier::ALL.iter().zip(&templates).map(|(tier, template)| accepted.of_template(*tier, template)));
+    used.extend(children.iter().map(|observation| observation.child.name.clone()));
+    let unused = configs.iter().map(ResourceExt::name_any).filter(|name| !used.contains(name));
+    Ok(Observed { children, tokens, secrets, spent, rolling, unused_configs: unused.collect() })
+}
+
+/// Whether a Secret has what is needed of it.
+pub fn secret_state(need: &SecretNeed, found: Option<&Secret>) -> SecretState {
+    let Some(secret) = found else { return SecretState::Missing };
+    let has = |key: &String| secret.data.as_ref().is_some_and(|data| data.contains_key(key));
+    let lacks: Vec<String> = need.keys.iter().filter(|key| !has(key)).cloned().collect();
+    if lacks.is_empty() { SecretState::Complete } else { SecretState::Lacks(lacks) }
+}

@@ -1,0 +1,213 @@
+//! One look at one ImCluster: observe → decide → act; the status is written by its [`Keeper`].
+
+use super::accepted::Accepted;
+use super::act::{Memory, act};
+use super::children::token_of;
+use super::decide::{Problem, decide};
+use super::http::Metrics;
+use super::keeper::{Keeper, Order, Shared};
+use super::members::LINK_TOKEN;
+use super::observe::observe;
+use super::status::Situation;
+use crate::control::ClusterKey;
+use im_crds::{ImCluster, ImClusterStatus};
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::Resource;
+use kube::core::DeserializeGuard;
+use kube::runtime::controller::Action;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Between two looks at an ImCluster at which nothing happens.
+const LOOK_AGAIN: Duration = Duration::from_secs(300);
+/// Between two looks while a Deployment of another template is there.
+const LOOK_WHILE_ROLLING: Duration = Duration::from_secs(5);
+/// The first pause after something was in the way; it doubles up to the longest.
+const RETRY_FIRST: Duration = Duration::from_secs(2);
+/// The longest pause.
+const RETRY_LONGEST: Duration = Duration::from_secs(60);
+
+/// What reads and writes end with when the API server does not do its part.
+#[derive(Debug, thiserror::Error)]
+pub enum ReconcileError {
+    /// What is there can't be read.
+    #[error("what is there can't be read: {0}")]
+    Observe(#[source] kube::Error),
+}
+
+impl ReconcileError {
+    /// For the metric's label.
+    pub fn category(&self) -> &'static str {
+        match self {
+            Self::Observe(error) => category(error),
+        }
+    }
+}
+
+/// One word for what the API server said.
+pub fn category(error: &kube::Error) -> &'static str {
+    match error {
+        kube::Error::Api(status) => match status.code {
+            403 => "forbidden",
+            404 => "not_found",
+            409 => "conflict",
+            422 => "invalid",
+            429 => "throttled",
+            500.. => "server",
+            _ => "refused",
+        },
+        kube::Error::SerdeError(_) => "unreadable",
+        _ => "unreachable",
+    }
+}
+
+/// What all reconciles share while this replica leads. Dropping it ends every [`Keeper`].
+pub struct Context {
+    shared: Arc<Shared>,
+    metrics: Metrics,
+    memory: Memory,
+    keepers: Mutex<HashMap<ClusterKey, Keeper>>,
+    /// How often in a row something was in the way.
+    troubles: Mutex<HashMap<ClusterKey, u32>>,
+}
+
+impl Context {
+    /// No ImCluster is known yet.
+    pub fn new(shared: Arc<Shared>, metrics: Metrics) -> Self {
+        Self { shared, metrics, memory: Memory::default(), keepers: Mutex::default(), troubles: Mutex::default() }
+    }
+
+    /// The API.
+    pub fn client(&self) -> &kube::Client {
+        self.shared.world.client()
+    }
+
+    /// That ImCluster is gone: nobody decides for it any more. Its children go by their owner references.
+    pub fn forget(&self, key: &ClusterKey) {
+        if self.keepers.lock().remove(key).is_some() {
+            tracing::info!("{key} is gone");
+        }
+        self.troubles.lock().remove(key);
+        self.memory.forget(&key.0);
+    }
+
+    /// Forgets all but those.
+    pub fn keep_only(&self, exists: impl Fn(&ClusterKey) -> bool) {
+        let gone: Vec<ClusterKey> = self.keepers.lock().keys().filter(|key| !exists(key)).cloned().collect();
+        for key in gone {
+            self.forget(&key);
+        }
+    }
+
+    fn order(&self, key: &ClusterKey, regarding: ObjectReference, previous: Option<ImClusterStatus>, order: Order) {
+        let mut keepers = self.keepers.lock();
+        match keepers.get(key) {
+            Some(keeper) if keeper.is_of(regarding.uid.as_deref()) => keeper.order(order),
+            _ => {
+                keepers.insert(key.clone(), Keeper::start(self.shared.clone(), regarding, previous, order));
+            }
+        }
+        self.metrics.clusters.set(i64::try_from(keepers.len()).unwrap_or(i64::MAX));
+    }
+
+    /// How long to wait after something was in the way once more.
+    fn pause(&self, key: &ClusterKey) -> Duration {
+        let mut troubles = self.troubles.lock();
+        let times = troubles.entry(key.clone()).or_default();
+        *times = times.saturating_add(1);
+        RETRY_FIRST.saturating_mul(1 << (*times - 1).min(10)).min(RETRY_LONGEST)
+    }
+}
+
+/// The key of an object of any state.
+pub fn key_of(object: &DeserializeGuard<ImCluster>) -> ClusterKey {
+    let meta = object.meta();
+    let namespace = meta.namespace.as_deref().unwrap_or("default");
+    ClusterKey(format!("{namespace}/{}", meta.name.as_deref().unwrap_or_default()))
+}
+
+/// Makes what is there what should be there, and says when to look again.
+///
+/// # Errors
+/// [`ReconcileError`] when what is there can't be read.
+pub async fn reconcile(
+    object: Arc<DeserializeGuard<ImCluster>>,
+    context: Arc<Context>,
+) -> Result<Action, ReconcileError> {
+    let key = key_of(&object);
+    let meta = object.meta();
+    if meta.deletion_timestamp.is_some() {
+        context.forget(&key);
+        return Ok(Action::await_change());
+    }
+    let generation = meta.generation.unwrap_or_default();
+    let regarding = object.object_ref(&());
+    let cannot_run = |previous, reason, message: String| {
+        let problem = Some(Problem { reason, message });
+        let situation = Situation { generation, problem, ..Situation::default() };
+        context.order(&key, regarding.clone(), previous, Order { situation, run: None });
+        context.metrics.reconciled("refused");
+        Ok(Action::await_change())
+    };
+    let cluster = match &object.0 {
+        Ok(cluster) => cluster,
+        Err(unreadable) => {
+            let message =
+                format!("this operator can't read it: {unreadable}; correct the field, or upgrade the operator");
+            return cannot_run(None, "Unreadable", message);
+        }
+    };
+    let accepted = match Accepted::new(cluster) {
+        Ok(accepted) => accepted,
+        Err(violations) => {
+            let lines: Vec<String> = violations.iter().map(ToString::to_string).collect();
+            return cannot_run(cluster.status.clone(), "InvalidSpec", lines.join("; "));
+        }
+    };
+
+    let world = &context.shared.world;
+    let observed = observe(world, &accepted).await.map_err(ReconcileError::Observe)?;
+    let rolling = observed.rolling;
+    let mut token = token_of(observed.tokens.as_ref(), LINK_TOKEN);
+    let decision = decide(&accepted, observed, |child, live| context.memory.knows(&accepted, child, live));
+    let blocked = decision.problem.is_some();
+    let mut situation = Situation {
+        generation,
+        problem: decision.problem.clone(),
+        paused: cluster.spec.paused,
+        held_back: decision.apply.len(),
+    };
+    // Paused is another way of applying, not another way of looking.
+    if !situation.paused {
+        let acted = act(world.client(), &accepted, decision, &context.memory, |kind| world.wrote(kind)).await;
+        token = token.or_else(|| token_of(acted.tokens.as_ref(), LINK_TOKEN));
+        for error in &acted.errors {
+            context.metrics.failed(category(&error.source));
+            tracing::warn!("{key}: {error}");
+        }
+        if let Some(error) = acted.errors.first() {
+            let message = format!("{error}; tried again");
+            situation.problem.get_or_insert(Problem { reason: "ApplyFailed", message });
+        }
+        situation.held_back = 0;
+    }
+    let trouble = situation.problem.is_some();
+    let run = if blocked { None } else { token.map(|token| (accepted, token)) };
+    context.order(&key, regarding, cluster.status.clone(), Order { situation, run });
+    if trouble {
+        context.metrics.reconciled("waiting");
+        return Ok(Action::requeue(context.pause(&key)));
+    }
+    context.troubles.lock().remove(&key);
+    context.metrics.reconciled("done");
+    Ok(Action::requeue(if rolling { LOOK_WHILE_ROLLING } else { LOOK_AGAIN }))
+}
+
+/// When to try again what failed.
+pub fn on_error(object: Arc<DeserializeGuard<ImCluster>>, error: &ReconcileError, context: Arc<Context>) -> Action {
+    context.metrics.failed(error.category());
+    context.metrics.reconciled("failed");
+    Action::requeue(context.pause(&key_of(&object)))
+}

@@ -1,0 +1,294 @@
+//! The controller against an API server in memory.
+
+#[path = "support/api_server.rs"]
+mod api_server;
+
+use api_server::ApiServer;
+use im_crds::{ImCluster, MapShard, ShardMapSpec};
+use im_operator::control::{Clusters, Leadership, Setup};
+use im_operator::controller::accepted::Accepted;
+use im_operator::controller::http::Metrics;
+use im_operator::controller::keeper::Shared;
+use im_operator::controller::pods::Surroundings;
+use im_operator::controller::reconcile::{Context, reconcile};
+use im_operator::platform::kubernetes::{KubernetesPlatform, World};
+use im_operator::platform::{Platform, PlatformError, StoredMap, Tier};
+use kube::Client;
+use kube::core::DeserializeGuard;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+
+const CLUSTER_PATH: &str = "/apis/imcluster.dev/v1alpha1/namespaces/talk/imclusters/chat";
+const MAP_PATH: &str = "/apis/imcluster.dev/v1alpha1/namespaces/talk/shardmaps/chat";
+
+fn object(name: &str, generation: i64, spec: &Value) -> Value {
+    json!({
+        "apiVersion": "imcluster.dev/v1alpha1", "kind": "ImCluster",
+        "metadata": { "name": name, "namespace": "talk", "uid": format!("uid of {name}"), "generation": generation },
+        "spec": spec,
+    })
+}
+
+fn guard(object: &Value) -> Arc<DeserializeGuard<ImCluster>> {
+    Arc::new(serde_json::from_value(object.clone()).expect("metadata at least"))
+}
+
+fn minimal() -> Value {
+    json!({ "auth": { "insecure": {} }, "business": { "shards": 4 } })
+}
+
+fn world(client: Client) -> Arc<World> {
+    let surroundings =
+        Surroundings { image: "example/im:1".to_owned(), control_service: "operator.im.svc:7200".to_owned() };
+    World::new(client, surroundings)
+}
+
+/// A leading operator. The sender keeps it leading.
+async fn operator() -> (ApiServer, Arc<Context>, watch::Sender<Leadership>) {
+    let (api, client) = ApiServer::start().await;
+    let (leads, leadership) = watch::channel(Leadership::Leading);
+    let shared = Shared {
+        world: world(client),
+        clusters: Clusters::new(leadership),
+        setup: Setup::default(),
+        reporter: "operator-0".to_owned(),
+    };
+    (api, Arc::new(Context::new(Arc::new(shared), Metrics::default())), leads)
+}
+
+/// Waits until the server's state is as it should be.
+async fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let give_up = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < give_up, "not within a minute: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// `Ready=False SecretMissing` … of the status that is stored.
+fn conditions(api: &ApiServer, path: &str) -> Vec<String> {
+    let status = api.get(path).map(|object| object["status"]["conditions"].clone()).unwrap_or_default();
+    let word = |condition: &Value| {
+        let text = |key: &str| condition[key].as_str().unwrap_or_default().to_owned();
+        format!("{}={} {}", text("type"), text("status"), text("reason"))
+    };
+    status.as_array().into_iter().flatten().map(word).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_reconcile_makes_everything_and_the_next_one_nothing() {
+    let (api, context, _leads) = operator().await;
+    let cluster = object("chat", 1, &minimal());
+    api.put(CLUSTER_PATH, cluster.clone());
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    // Members and the map come from the loop that decides.
+    let has_deployments = || {
+        let names = api.names();
+        let count = names.iter().filter(|name| name.starts_with("deployments/")).count();
+        (count == 2 && names.iter().any(|name| name == "shardmaps/chat")).then_some(names)
+    };
+    let names = eventually("members are started", has_deployments).await;
+    let plain: Vec<&str> = names
+        .iter()
+        .map(String::as_str)
+        .filter(|name| !name.contains("-gateway-") && !name.contains("-business-") && !name.contains("chat-store-"))
+        .collect();
+    for expected in [
+        "imclusters/chat",
+        "networkpolicies/chat-business",
+        "networkpolicies/chat-gateway",
+        "networkpolicies/chat-store",
+        "poddisruptionbudgets/chat-business",
+        "poddisruptionbudgets/chat-gateway",
+        "secrets/chat-tokens",
+        "serviceaccounts/chat-business",
+        "serviceaccounts/chat-gateway",
+        "serviceaccounts/chat-store",
+        "services/chat",
+        "services/chat-business",
+        "services/chat-store",
+        "shardmaps/chat",
+        "statefulsets/chat-store",
+    ] {
+        assert!(plain.contains(&expected), "{expected} is missing in {plain:#?}");
+    }
+    eventually("a status", || (!conditions(&api, CLUSTER_PATH).is_empty()).then_some(())).await;
+
+    let of_reconcile = |write: &String| {
+        !["deployments/", "configmaps/chat-gateway", "configmaps/chat-business", "shardmaps/", "imclusters/", "events/"]
+            .iter()
+            .any(|kind| write.contains(kind))
+    };
+    api.take_writes();
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    assert_eq!(api.take_writes().into_iter().filter(of_reconcile).collect::<Vec<_>>(), [""; 0]);
+
+    // Somebody changes a child: just that one is put right.
+    let path = "/api/v1/namespaces/talk/services/chat";
+    let mut service = api.get(path).expect("the Service");
+    service["spec"]["selector"] = json!({ "nobody": "x" });
+    api.put(path, service);
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    assert_eq!(api.take_writes().into_iter().filter(of_reconcile).collect::<Vec<_>>(), ["PATCH services/chat"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_write_is_told_and_does_not_keep_the_others_back() {
+    let (api, context, _leads) = operator().await;
+    let cluster = object("chat", 1, &minimal());
+    api.put(CLUSTER_PATH, cluster.clone());
+    api.fail_next("/apis/networking.k8s.io/v1/namespaces/talk/networkpolicies/chat-gateway", 403);
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    assert!(api.names().contains(&"statefulsets/chat-store".to_owned()), "what comes later is written");
+    let told = || conditions(&api, CLUSTER_PATH).contains(&"Degraded=True ApplyFailed".to_owned()).then_some(());
+    eventually("it is told", told).await;
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    let good = || (!conditions(&api, CLUSTER_PATH).contains(&"Degraded=True ApplyFailed".to_owned())).then_some(());
+    eventually("it is put right", good).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_can_not_be_read_is_told_of_itself_and_stops_nobody() {
+    let (api, context, _leads) = operator().await;
+    let mut spec = minimal();
+    spec["gateway"] = json!({ "limits": { "maxConnections": "many" } });
+    let poison = object("poison", 3, &spec);
+    let path = "/apis/imcluster.dev/v1alpha1/namespaces/talk/imclusters/poison";
+    api.put(path, poison.clone());
+    reconcile(guard(&poison), context.clone()).await.expect("is no error");
+    let cluster = object("chat", 1, &minimal());
+    api.put(CLUSTER_PATH, cluster.clone());
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+
+    let told = || conditions(&api, path).contains(&"Ready=False Unreadable".to_owned()).then_some(());
+    eventually("it is told", told).await;
+    let status = api.get(path).expect("it is there")["status"].clone();
+    assert_eq!(status["observedGeneration"], 3);
+    assert!(status["conditions"][0]["message"].as_str().expect("words").contains("many"), "{status:#}");
+    let event = || api.names().into_iter().find(|name| name.starts_with("events/poison."));
+    eventually("an Event", event).await;
+    assert!(api.names().contains(&"services/chat".to_owned()), "the other one is served");
+    assert!(!api.names().contains(&"services/poison".to_owned()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spec_that_can_not_run_here_and_a_missing_secret_are_told() {
+    let (api, context, _leads) = operator().await;
+    let mut spec = minimal();
+    spec["serviceTokenFile"] = json!("/etc/token");
+    let cluster = object("chat", 1, &spec);
+    api.put(CLUSTER_PATH, cluster.clone());
+    reconcile(guard(&cluster), context.clone()).await.expect("is no error");
+    let told = |words: &'static str| {
+        let api = api.clone();
+        move || conditions(&api, CLUSTER_PATH).contains(&words.to_owned()).then_some(())
+    };
+    eventually("the file is refused", told("Ready=False InvalidSpec")).await;
+
+    let mut spec = minimal();
+    spec["serviceTokenSecret"] = json!({ "name": "servers", "key": "token" });
+    let cluster = object("chat", 2, &spec);
+    reconcile(guard(&cluster), context.clone()).await.expect("is no error");
+    eventually("the Secret is missed", told("Ready=False SecretMissing")).await;
+    assert!(!api.names().iter().any(|name| name.starts_with("deployments/")), "no pod waits for it");
+
+    let secret = json!({ "metadata": { "name": "servers" }, "data": { "token": "eA==" } });
+    api.put("/api/v1/namespaces/talk/secrets/servers", secret);
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    let started = || api.names().iter().any(|name| name.starts_with("deployments/")).then_some(());
+    eventually("members are started", started).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_deleted_or_paused_is_not_written() {
+    let (api, context, _leads) = operator().await;
+    let mut spec = minimal();
+    spec["paused"] = json!(true);
+    let cluster = object("chat", 1, &spec);
+    api.put(CLUSTER_PATH, cluster.clone());
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    let told = || conditions(&api, CLUSTER_PATH).contains(&"Progressing=False Paused".to_owned()).then_some(());
+    eventually("it is told", told).await;
+    assert_eq!(api.names().iter().filter(|name| !name.starts_with("events/")).count(), 1, "only itself");
+
+    let mut cluster = object("chat", 2, &minimal());
+    cluster["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    api.take_writes();
+    reconcile(guard(&cluster), context.clone()).await.expect("is no error");
+    assert_eq!(api.take_writes(), [""; 0]);
+}
+
+fn stored(term: u64, number: u64) -> StoredMap {
+    let shards = [MapShard { epoch: 3, owner: Some("business-0/00000000000000ab") }, MapShard::default()];
+    let links = BTreeMap::from([("business-0/00000000000000ab".to_owned(), "10.0.0.1:7000".to_owned())]);
+    StoredMap { map: ShardMapSpec::encode(term, number, &shards), links }
+}
+
+fn platform(client: Client) -> Arc<KubernetesPlatform> {
+    let cluster: ImCluster = serde_json::from_value(object("chat", 1, &minimal())).expect("a cluster");
+    KubernetesPlatform::new(world(client), Accepted::new(&cluster).expect("it can run"))
+}
+
+#[tokio::test]
+async fn an_earlier_leader_can_not_write_the_map_any_more() {
+    let (api, client) = ApiServer::start().await;
+    let earlier = platform(client.clone());
+    assert_eq!(earlier.load_map().await.expect("answers"), None);
+    earlier.save_map(&stored(1, 0)).await.expect("creates it");
+    earlier.save_map(&stored(1, 1)).await.expect("replaces it");
+
+    let later = platform(client);
+    let found = later.load_map().await.expect("answers").expect("it is there");
+    assert_eq!((found.map.term, found.map.number, found.links), (1, 1, stored(1, 1).links));
+    later.save_map(&stored(2, 0)).await.expect("replaces it");
+    assert!(matches!(earlier.save_map(&stored(1, 2)).await, Err(PlatformError::Outranked)));
+
+    // A person is not a leader.
+    let mut map = api.get(MAP_PATH).expect("the map");
+    map["metadata"]["annotations"]["note"] = json!("hello");
+    api.put(MAP_PATH, map);
+    later.save_map(&stored(2, 1)).await.expect("replaces it all the same");
+    assert_eq!(api.get(MAP_PATH).expect("the map")["spec"]["number"], 1);
+}
+
+#[tokio::test]
+async fn members_are_started_on_what_was_looked_at_only() {
+    let (api, client) = ApiServer::start().await;
+    let platform = platform(client);
+    platform.load_map().await.expect("answers");
+    platform.save_map(&stored(1, 0)).await.expect("leads");
+    let cluster = platform.cluster().expect("a cluster");
+    let ordered = || platform.watch().borrow().ordered.gateway;
+    platform.start(&cluster, Tier::Gateway, 2).await.expect("creates the Deployment");
+    assert_eq!(ordered(), 2, "shown at once");
+    platform.start(&cluster, Tier::Gateway, 1).await.expect("one more");
+    assert_eq!(ordered(), 3);
+
+    let name = api.names().into_iter().find(|name| name.starts_with("deployments/")).expect("the Deployment");
+    let path = format!("/apis/apps/v1/namespaces/talk/{name}");
+    let mut deployment = api.get(&path).expect("the Deployment");
+    assert_eq!(deployment["spec"]["replicas"], 3);
+    assert_eq!(deployment["metadata"]["annotations"]["imcluster.dev/term"], "1");
+    deployment["spec"]["replicas"] = json!(7);
+    api.put(&path, deployment);
+    let refused = platform.start(&cluster, Tier::Gateway, 1).await;
+    assert!(matches!(refused, Err(PlatformError::Refused(_))), "{refused:?}");
+    assert_eq!(ordered(), 7, "what is there is known now");
+    platform.start(&cluster, Tier::Gateway, 1).await.expect("on what is there");
+    assert_eq!(api.get(&path).expect("the Deployment")["spec"]["replicas"], 8);
+
+    // A leader of a later term was here.
+    let mut deployment = api.get(&path).expect("the Deployment");
+    deployment["metadata"]["annotations"]["imcluster.dev/term"] = json!("2");
+    api.put(&path, deployment);
+    assert!(platform.start(&cluster, Tier::Gateway, 1).await.is_err(), "conflicts");
+    let outranked = timeout(Duration::from_secs(10), platform.start(&cluster, Tier::Gateway, 1)).await;
+    assert!(matches!(outranked, Ok(Err(PlatformError::Outranked))), "{outranked:?}");
+}
