@@ -66,7 +66,7 @@ impl Owner {
     }
 
     fn link(&mut self, link: LinkId, name: &str) {
-        self.handle(Input::LinkOpened { link, peer: MemberId::new(name, 7).unwrap(), role: Role::Gateway });
+        self.handle(Input::LinkOpened { link, peer: MemberId::new(name, 70 + link.0).unwrap(), role: Role::Gateway });
     }
 
     fn now(&self) -> Now {
@@ -201,7 +201,7 @@ impl Owner {
     /// Viewers, likes and roses.
     fn totals(&mut self) -> (u64, u64, u64) {
         let get = RoomGet { room: ROOM.into(), actor: String::new() };
-        let room = match self.ask(GATEWAY, body::Body::RoomGet(get)) {
+        let room = match self.ask(OTHER_GATEWAY, body::Body::RoomGet(get)) {
             Some(Outcome::Room(room)) => room,
             other => panic!("{other:?}"),
         };
