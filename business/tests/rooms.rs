@@ -21,6 +21,8 @@ use prost::Message;
 const ROOM: &str = "stage";
 const GATEWAY: LinkId = LinkId(1);
 const OTHER_GATEWAY: LinkId = LinkId(2);
+/// Over which the test asks.
+const WATCHER: LinkId = LinkId(9);
 
 /// An owner of the only shard over a store of items, and what it says to gateways.
 struct Owner {
@@ -62,6 +64,7 @@ impl Owner {
         owner.handle(command(command::Command::Acquire(control::Acquire { expected: vec![row] })));
         owner.link(GATEWAY, "gateway-0");
         owner.link(OTHER_GATEWAY, "gateway-1");
+        owner.link(WATCHER, "gateway-2");
         owner
     }
 
@@ -201,7 +204,7 @@ impl Owner {
     /// Viewers, likes and roses.
     fn totals(&mut self) -> (u64, u64, u64) {
         let get = RoomGet { room: ROOM.into(), actor: String::new() };
-        let room = match self.ask(OTHER_GATEWAY, body::Body::RoomGet(get)) {
+        let room = match self.ask(WATCHER, body::Body::RoomGet(get)) {
             Some(Outcome::Room(room)) => room,
             other => panic!("{other:?}"),
         };
