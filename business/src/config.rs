@@ -111,12 +111,31 @@ pub struct ServeConfig {
     /// Largest payload of a message, bytes.
     #[serde(default)]
     pub payload_max: Option<usize>,
+    /// Live rooms.
+    #[serde(default)]
+    pub rooms: RoomsConfig,
     /// From SIGTERM to the end at the latest, seconds: in this time its shards go to others.
     #[serde(default = "default_grace")]
     pub termination_grace_seconds: u64,
     /// Lets `POST /fail-points/{name}` on the admin address end the process at a chosen point. For tests.
     #[serde(default)]
     pub fail_points: bool,
+}
+
+/// Live rooms.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct RoomsConfig {
+    /// Messages of a room that late comers get. They are kept in the owner's and the gateways' memory only, at most 64 KiB a room.
+    pub history: usize,
+    /// Between two statistics of a room, milliseconds.
+    pub stats_interval_ms: u64,
+}
+
+impl Default for RoomsConfig {
+    fn default() -> Self {
+        Self { history: 0, stats_interval_ms: 1_000 }
+    }
 }
 
 fn default_grace() -> u64 {

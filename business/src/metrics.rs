@@ -61,6 +61,7 @@ impl Collector for Metrics {
             ("im_commit_batches", "Shards' batches in commits", now.stats.batches),
             ("im_holes", "Holes found in a log: any is a loss", now.stats.holes),
             ("im_malformed", "Frames that could not be understood", now.stats.malformed),
+            ("im_room_dropped", "Room messages not sent to a gateway that is too slow", now.stats.room_dropped),
         ];
         for (name, help, value) in counters {
             let counter = ConstCounter::new(value);

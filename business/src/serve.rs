@@ -111,8 +111,12 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
         held: watch::Sender::new(0),
         token: token.clone(),
     });
-    let limits =
-        Limits { payload_max: config.payload_max.unwrap_or(Limits::default().payload_max), ..Limits::default() };
+    let limits = Limits {
+        payload_max: config.payload_max.unwrap_or(Limits::default().payload_max),
+        room_history: config.rooms.history,
+        room_stats_interval: Duration::from_millis(config.rooms.stats_interval_ms),
+        ..Limits::default()
+    };
     let core = tokio::spawn(run_core(shell.clone(), store, inbox, limits));
     let dialer = ControlDialer::new(config.control.clone(), config.cluster.as_deref(), token.as_deref());
     tokio::spawn(keep_control(shell.clone(), dialer, hello));

@@ -383,6 +383,8 @@ pub struct Gateway {
     pub surge: u32,
     /// Its pods. On Kubernetes only.
     pub pod: PodSettings,
+    /// How live rooms are served.
+    pub rooms: Rooms,
 }
 
 impl Default for Gateway {
@@ -394,6 +396,7 @@ impl Default for Gateway {
             drain: Drain::default(),
             surge: 1,
             pod: PodSettings::default(),
+            rooms: Rooms::default(),
         }
     }
 }
@@ -445,6 +448,22 @@ impl Default for Limits {
             message_rate: 200,
             send_buffer_bytes: 1_048_576,
         }
+    }
+}
+
+/// How gateways serve live rooms.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Rooms {
+    /// Least time between two batches of a room's messages, from 1ms to 25ms; what comes after a longer silence goes out at once.
+    pub coalesce: TimeSpan,
+    /// How often viewers, likes and gifts are summed, stored and told; from 100ms to 1m.
+    pub flush_interval: TimeSpan,
+}
+
+impl Default for Rooms {
+    fn default() -> Self {
+        Self { coalesce: TimeSpan::from_millis(5), flush_interval: TimeSpan::from_secs(1) }
     }
 }
 
@@ -554,12 +573,28 @@ pub struct Messages {
     /// Bytes of one message's payload.
     #[schemars(range(min = 1, max = 16_777_216))]
     pub max_payload: u32,
+    /// What holds for live rooms.
+    pub rooms: RoomMessages,
 }
 
 impl Default for Messages {
     fn default() -> Self {
-        Self { dedup_window: TimeSpan::from_secs(7 * 86_400), catch_up: 1_000, max_payload: 65_536 }
+        Self {
+            dedup_window: TimeSpan::from_secs(7 * 86_400),
+            catch_up: 1_000,
+            max_payload: 65_536,
+            rooms: RoomMessages::default(),
+        }
     }
+}
+
+/// What holds for the messages of live rooms.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct RoomMessages {
+    /// Messages that late comers get. They are kept in memory only (at most 64 KiB a room) and go with the room's owner.
+    #[schemars(range(min = 0, max = 50))]
+    pub history: u32,
 }
 
 /// Bounds and rules by which a tier follows its load. Mirrors `spec` of a HorizontalPodAutoscaler (autoscaling/v2).

@@ -98,6 +98,7 @@ impl ImCluster {
         let messages = &spec.messages;
         checker.within("spec.messages.catchUp", messages.catch_up, 1..=100_000);
         checker.within("spec.messages.maxPayload", messages.max_payload, 1..=16_777_216);
+        checker.within("spec.messages.rooms.history", messages.rooms.history, 0..=50);
         checker.require(
             messages.max_payload < spec.gateway.limits.max_packet_size,
             "spec",

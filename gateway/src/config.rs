@@ -2,9 +2,11 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::hub::RoomsConfig;
 use crate::session::SessionLimits;
 
 /// Why a configuration can't be used.
@@ -92,6 +94,9 @@ pub struct Config {
     /// What sessions get.
     #[serde(default)]
     pub messages: Messages,
+    /// How live rooms are served.
+    #[serde(default)]
+    pub rooms: Rooms,
     /// How long a terminated gateway sheds its connections, seconds.
     #[serde(default = "default_grace")]
     pub termination_grace_seconds: u64,
@@ -212,6 +217,22 @@ impl Default for Messages {
     }
 }
 
+/// How live rooms are served.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Rooms {
+    /// Least time between two batches of a room's messages, milliseconds; a message that comes later than that goes out at once.
+    pub coalesce_ms: u64,
+    /// Between two sendings of the viewers, likes and gifts counted, milliseconds.
+    pub flush_interval_ms: u64,
+}
+
+impl Default for Rooms {
+    fn default() -> Self {
+        Self { coalesce_ms: 5, flush_interval_ms: 1_000 }
+    }
+}
+
 impl Config {
     /// Reads and checks a file.
     ///
@@ -289,7 +310,21 @@ impl Config {
         if !(4_096..=64 << 20).contains(&limits.send_buffer_bytes) {
             return invalid("limits.sendBufferBytes: use 4096 to 67108864 bytes");
         }
+        if !(1..=25).contains(&self.rooms.coalesce_ms) {
+            return invalid("rooms.coalesceMs: use 1 to 25");
+        }
+        if !(100..=60_000).contains(&self.rooms.flush_interval_ms) {
+            return invalid("rooms.flushIntervalMs: use 100 to 60000 (a minute)");
+        }
         Ok(())
+    }
+
+    /// How live rooms are served.
+    pub fn rooms_config(&self) -> RoomsConfig {
+        RoomsConfig {
+            coalesce: Duration::from_millis(self.rooms.coalesce_ms),
+            flush_interval: Duration::from_millis(self.rooms.flush_interval_ms),
+        }
     }
 
     /// What sessions are held to.

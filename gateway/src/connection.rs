@@ -14,6 +14,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{Sink, StreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Sleep, sleep, timeout, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -34,11 +36,16 @@ thread_local! {
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into_boxed_slice());
 }
 
+/// A client's stream of bytes.
+pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Gives the writing end to others than the connection's task, if bytes go to the socket as they are. Once.
+    fn share(&mut self) -> Option<OwnedWriteHalf> {
+        None
+    }
+}
+
 /// Takes a CONNECT from a fresh stream and hands the connection to a task of its own.
-pub async fn handshake<S>(gateway: Arc<Gateway>, mut stream: S, half_open: HalfOpen)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
+pub async fn handshake<S: Socket>(gateway: Arc<Gateway>, mut stream: S, half_open: HalfOpen) {
     let size_max = gateway.hub.shared.limits.packet_size_max as usize;
     let mut input = Vec::new();
     let decoded = timeout_at(half_open.deadline, read_connect(&mut stream, &mut input, size_max)).await;
@@ -57,7 +64,7 @@ where
             mqtt::connack_refused(&mut out, version, error.reason, error.what);
         }
         Ok(Ok(())) => match mqtt::decode(None, &input, size_max) {
-            Ok(Some((Packet::Connect(connect), used))) => match open(&gateway, &connect) {
+            Ok(Some((Packet::Connect(connect), used))) => match open(&gateway, &connect, &mut stream) {
                 Ok(connection) => {
                     input.drain(..used);
                     drop(half_open);
@@ -96,7 +103,11 @@ where
     }
 }
 
-fn open(gateway: &Arc<Gateway>, connect: &mqtt::Connect<'_>) -> Result<Arc<Connection>, ConnectRefused> {
+fn open(
+    gateway: &Arc<Gateway>,
+    connect: &mqtt::Connect<'_>,
+    stream: &mut impl Socket,
+) -> Result<Arc<Connection>, ConnectRefused> {
     let hub = &gateway.hub;
     let refuse = |reason, text: &str| Err(ConnectRefused { reason, text: text.to_owned() });
     if !gateway.connect_rate.take(hub.clock.now_ms()) {
@@ -113,7 +124,7 @@ fn open(gateway: &Arc<Gateway>, connect: &mqtt::Connect<'_>) -> Result<Arc<Conne
     let mut effects = Effects::default();
     let authenticate = |user: &str, password: Option<&[u8]>| gateway.auth.connect(user, password, now_ms);
     let session = Session::open(&hub.shared, shards, now_ms, hub.connection_id(), connect, authenticate, &mut effects)?;
-    Ok(hub.add(session, effects))
+    Ok(hub.add(session, effects, stream.share()))
 }
 
 /// Drives one connection until it is closed.
@@ -374,6 +385,75 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
     }
 }
 
+/// MQTT over TCP and nothing else.
+pub struct Tcp {
+    stream: OwnedReadHalf,
+    shared: Option<OwnedWriteHalf>,
+}
+
+impl Tcp {
+    /// Over an accepted connection.
+    pub fn new(stream: TcpStream) -> Self {
+        let (stream, shared) = stream.into_split();
+        Self { stream, shared: Some(shared) }
+    }
+
+    /// Writes as soon as the socket takes something.
+    fn poll_with<R>(&self, cx: &mut Context<'_>, write: impl Fn(&TcpStream) -> io::Result<R>) -> Poll<io::Result<R>> {
+        let stream: &TcpStream = self.stream.as_ref();
+        loop {
+            futures::ready!(stream.poll_write_ready(cx))?;
+            match write(stream) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
+        }
+    }
+}
+
+impl Socket for Tcp {
+    fn share(&mut self) -> Option<OwnedWriteHalf> {
+        self.shared.take()
+    }
+}
+
+impl AsyncRead for Tcp {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Tcp {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_with(cx, |stream| stream.try_write(bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_with(cx, |stream| stream.try_write_vectored(slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let stream: &TcpStream = self.stream.as_ref();
+        Poll::Ready(socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write))
+    }
+}
+
+impl Socket for tokio_rustls::server::TlsStream<TcpStream> {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Socket for WebSocket<S> {}
+
 /// MQTT over WebSocket: a stream of bytes made of binary frames, whose borders mean nothing.
 pub struct WebSocket<S> {
     frames: WebSocketStream<S>,
@@ -442,7 +522,7 @@ mod tests {
     #[test]
     fn the_state_of_a_connection_is_small() {
         let session = size_of::<Session>();
-        let task = size_of::<Driver<tokio::net::TcpStream>>();
+        let task = size_of::<Driver<Tcp>>();
         assert!(session <= 768, "Session is {session} bytes");
         assert!(task <= 256, "the task's state is {task} bytes");
     }

@@ -1,5 +1,7 @@
 //! The HTTP side: health, metrics, and the JSON API, whose requests are carried to the owners of shards like those of MQTT clients.
 
+mod rooms;
+
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -82,6 +84,9 @@ pub fn spawn_public(api: &Arc<Api>, address: SocketAddr) -> Result<SocketAddr, L
         .route("/v1/conversations/{kind}/{id}/read", put(mark_read))
         .route("/v1/presence/{user}", get(presence))
         .route("/v1/users/{user}/kick", post(kick))
+        .route("/v1/rooms/{room}", get(rooms::get_room).patch(rooms::set_room))
+        .route("/v1/rooms/{room}/mute", post(rooms::mute))
+        .route("/v1/rooms/{room}/kick", post(rooms::kick))
         .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "no such path: see /openapi.json") })
         .layer(axum::middleware::map_response(as_problem))
         .merge(health())
@@ -228,6 +233,8 @@ fn problem_of(outcome: Outcome) -> Problem {
     let (status, text) = match refused.code() {
         Refusal::NotAMember => (StatusCode::FORBIDDEN, "not a member"),
         Refusal::Forbidden => (StatusCode::FORBIDDEN, "not allowed"),
+        Refusal::Sanctioned => (StatusCode::FORBIDDEN, "muted in this room, or put out of it"),
+        Refusal::TooSoon => (StatusCode::TOO_MANY_REQUESTS, "slow mode"),
         Refusal::NotFound => (StatusCode::NOT_FOUND, "not found"),
         Refusal::Invalid => (StatusCode::BAD_REQUEST, "invalid"),
         Refusal::IdReused => (StatusCode::CONFLICT, "this id was used for another payload"),
@@ -854,7 +861,7 @@ async fn kick(
 #[openapi(
     info(
         title = "ImCluster",
-        description = "Groups, history, unread, presence. `Authorization: Bearer` a user's JWT or a service token."
+        description = "Groups, history, unread, presence, live rooms. `Authorization: Bearer` a user's JWT or a service token."
     ),
     paths(
         create_group,
@@ -867,7 +874,11 @@ async fn kick(
         history,
         mark_read,
         presence,
-        kick
+        kick,
+        rooms::get_room,
+        rooms::set_room,
+        rooms::mute,
+        rooms::kick
     ),
     components(schemas(Problem))
 )]

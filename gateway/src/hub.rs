@@ -3,30 +3,33 @@
 //! Locks are taken in the order session, rooms, router; never the other way round. The router's outputs for the links leave under its
 //! lock (their order is what keeps messages in order), all others are carried to the sessions after it was let go.
 
+mod rooms;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::FutureExt;
 use futures::task::AtomicWaker;
 use im_proto::control;
 use im_proto::ids::{MemberId, shard_of};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
-    Announced, Body, ClientFrame, Deliver, Done, Push, Role, RoomJoin, RoomLeave, RoomMessage, ServerFrame, body,
-    client_frame, push, server_frame,
+    Announced, Body, ClientFrame, Deliver, Done, Push, Role, ServerFrame, body, client_frame, push, server_frame,
 };
 use im_proto::links::{LinkEvent, LinkHandler, LinkPool};
 use im_proto::router::{Full, Limits, Output, Router};
 use parking_lot::Mutex;
 use slab::Slab;
+use tokio::net::tcp::OwnedWriteHalf;
 use tokio::sync::oneshot;
 
 use crate::metrics::Clock;
-use crate::mqtt::{Delivery, OutBuffer, Version};
-use crate::session::{Answer, Effects, OUTCOME_WAIT_MS_MAX, RoomEffect, Session, Shared, room_key};
+use crate::session::{Answer, Batch, Effects, OUTCOME_WAIT_MS_MAX, RoomEffect, Sent, Session, Shared};
+
+pub use self::rooms::RoomsConfig;
+use self::rooms::{Entering, Rooms, kept_out};
 
 /// Who waits for a request.
 #[derive(Debug)]
@@ -34,6 +37,7 @@ enum Token {
     Session(Arc<Connection>, u32),
     Ask(oneshot::Sender<Answer>),
     RoomJoined(Arc<str>),
+    RoomCounts(u32),
     Nobody,
 }
 
@@ -46,9 +50,27 @@ pub struct Connection {
     slot: AtomicUsize,
     /// Its task does not read because the session takes nothing now.
     paused: AtomicBool,
+    /// The writing end of a plain TCP connection, on which whole packets may be put while its task writes nothing; taken away when the
+    /// task ends, which closes the socket.
+    socket: Mutex<Option<OwnedWriteHalf>>,
 }
 
 impl Connection {
+    fn slot(&self) -> u32 {
+        self.slot.load(Ordering::Relaxed) as u32
+    }
+
+    /// Sends messages of a room at once, or leaves them to the task.
+    fn send_batch(&self, batch: &Batch) -> Sent {
+        // What can't be written now waits; what is wrong with the socket is the task's business.
+        let write = |bytes: &[u8]| self.socket.lock().as_ref().and_then(|end| end.try_write(bytes).ok()).unwrap_or(0);
+        let sent = self.session.lock().on_room_batch(batch, write);
+        if sent.wakes {
+            self.waker.wake();
+        }
+        sent
+    }
+
     /// Says that the task does (not) read; to be called with the session in hand.
     pub fn pause(&self, paused: bool) {
         self.paused.store(paused, Ordering::Relaxed);
@@ -57,16 +79,6 @@ impl Connection {
 
 /// Connections of each user of one shard.
 type Users = Mutex<HashMap<Arc<str>, Vec<Arc<Connection>>>>;
-
-#[derive(Debug, Default)]
-struct Room {
-    viewers: Vec<Arc<Connection>>,
-    /// `viewers`, shared with whoever is fanning out; made anew when they change.
-    snapshot: Option<Arc<[Arc<Connection>]>>,
-    joined: bool,
-    joining: bool,
-    waiting: Vec<(Arc<Connection>, u32)>,
-}
 
 #[derive(Debug)]
 struct Routing {
@@ -100,14 +112,14 @@ pub struct Hub {
     routing: Mutex<Routing>,
     pool: OnceLock<Arc<LinkPool>>,
     users: OnceLock<Box<[Users]>>,
-    rooms: Mutex<HashMap<Arc<str>, Room>>,
+    rooms: Rooms,
     connections: Mutex<Slab<Arc<Connection>>>,
     next_connection: AtomicU64,
 }
 
 impl Hub {
     /// A hub without links; they come with the first map. `link_token` authenticates this tier to the owners.
-    pub fn new(me: MemberId, shared: Arc<Shared>, link_token: Option<&str>) -> Arc<Self> {
+    pub fn new(me: MemberId, shared: Arc<Shared>, rooms: RoomsConfig, link_token: Option<&str>) -> Arc<Self> {
         let router = Router::new(0, Limits::default());
         let routing = Routing { router, announced: HashMap::new(), members: HashSet::new(), term: 0, number: 0 };
         let hub = Arc::new(Self {
@@ -117,7 +129,7 @@ impl Hub {
             routing: Mutex::new(routing),
             pool: OnceLock::new(),
             users: OnceLock::new(),
-            rooms: Mutex::default(),
+            rooms: Rooms::new(rooms),
             connections: Mutex::default(),
             next_connection: AtomicU64::new(1),
         });
@@ -240,7 +252,7 @@ impl Hub {
                 frames.next_if(|frame| matches!(frame, server_frame::Frame::Push(_)))
             {
                 took = took.max(push.id);
-                self.on_push(push);
+                self.on_push(member, push);
             }
         }
         if took != 0
@@ -318,6 +330,7 @@ impl Hub {
             // Who asked may have gone.
             Token::Ask(sender) => drop(sender.send(answer)),
             Token::RoomJoined(room) => self.room_joined(&room, &answer),
+            Token::RoomCounts(shard) => self.counts_answered(shard, &answer),
             Token::Nobody => {}
         }
     }
@@ -330,13 +343,7 @@ impl Hub {
             self.shared.metrics.announced.inc();
             self.with(&connection, |session, now_ms, effects| session.announce(now_ms, effects));
         }
-        let shards = self.shards();
-        for (name, room) in self.rooms.lock().iter_mut() {
-            if shard_of(&room_key(name), shards) == shard {
-                room.joining = true;
-                self.request_join(name, room);
-            }
-        }
+        self.announce_rooms(shard);
         let body = Body { body: Some(body::Body::Announced(Announced {})) };
         let mut routing = self.routing.lock();
         match routing.router.request(shard, 0, &body, Token::Nobody) {
@@ -349,11 +356,17 @@ impl Hub {
 
     // ---- sessions -----------------------------------------------------------------------------------------------------
 
-    /// Takes a session in that was just opened, with what it wants done.
-    pub fn add(self: &Arc<Self>, session: Session, mut effects: Effects) -> Arc<Connection> {
+    /// Takes a session in that was just opened, with what it wants done, and the writing end of its socket if others may have that.
+    pub fn add(
+        self: &Arc<Self>,
+        session: Session,
+        mut effects: Effects,
+        socket: Option<OwnedWriteHalf>,
+    ) -> Arc<Connection> {
         let user = session.user().clone();
         let (waker, slot, paused) = (AtomicWaker::new(), AtomicUsize::new(0), AtomicBool::new(false));
-        let connection = Arc::new(Connection { session: Mutex::new(session), waker, slot, paused });
+        let (session, socket) = (Mutex::new(session), Mutex::new(socket));
+        let connection = Arc::new(Connection { session, waker, slot, paused, socket });
         let slot = self.connections.lock().insert(connection.clone());
         connection.slot.store(slot, Ordering::Relaxed);
         if let Some(users) = self.users_of(&user) {
@@ -366,6 +379,7 @@ impl Hub {
 
     /// Forgets a connection whose session ended and whose socket is closed.
     pub fn remove(&self, connection: &Arc<Connection>) {
+        connection.socket.lock().take();
         let user = connection.session.lock().user().clone();
         if let Some(users) = self.users_of(&user) {
             let mut users = users.lock();
@@ -411,7 +425,7 @@ impl Hub {
         let now_ms = self.clock.now_ms();
         while !effects.is_empty() {
             let Effects { cancel, requests, rooms } = std::mem::take(effects);
-            let mut answers = Vec::new();
+            let (mut answers, mut welcomes) = (Vec::new(), Vec::new());
             if !(cancel.is_empty() && requests.is_empty()) {
                 let mut routing = self.routing.lock();
                 for id in cancel {
@@ -434,16 +448,30 @@ impl Hub {
             }
             for room in rooms {
                 match room {
-                    RoomEffect::Enter { room, ticket } => {
-                        if self.enter_room(room, connection, ticket) {
-                            answers.push((ticket, Answer::Outcome(Outcome::Done(Done {}))));
+                    RoomEffect::Enter { room, part, ticket } => {
+                        let (name, entering) = self.enter_room(&room, part, connection, session.user(), ticket);
+                        session.share_room_name(&name);
+                        match entering {
+                            Entering::Waits => {}
+                            Entering::KeptOut => answers.push((ticket, kept_out())),
+                            Entering::In(welcome) => {
+                                answers.push((ticket, Answer::Outcome(Outcome::Done(Done {}))));
+                                welcomes.extend(welcome);
+                            }
                         }
                     }
-                    RoomEffect::Leave { room } => self.leave_room(&room, connection),
+                    RoomEffect::Leave { room, part } => self.leave_room(&room, part, connection),
+                    RoomEffect::Count { room, counter, count, ticket } => {
+                        let waiter = ticket.map(|ticket| (connection, ticket));
+                        answers.extend(self.count_in_room(&room, counter, count, waiter));
+                    }
                 }
             }
             for (ticket, answer) in answers {
                 session.on_answer(now_ms, ticket, answer, effects);
+            }
+            for welcome in welcomes {
+                session.on_room_batch(&welcome, |_| 0);
             }
         }
     }
@@ -469,7 +497,7 @@ impl Hub {
         }
     }
 
-    fn on_push(self: &Arc<Self>, push: Push) {
+    fn on_push(self: &Arc<Self>, owner: &MemberId, push: Push) {
         match push.push {
             Some(push::Push::Deliver(deliver)) => self.on_deliver(&deliver),
             Some(push::Push::Kick(kick)) => {
@@ -484,7 +512,9 @@ impl Hub {
                     });
                 }
             }
-            Some(push::Push::RoomMessage(message)) => self.on_room_message(&message),
+            Some(push::Push::RoomMessage(message)) => self.on_room_message(owner, message),
+            Some(push::Push::RoomStats(stats)) => self.on_room_stats(&stats),
+            Some(push::Push::RoomKick(kick)) => self.on_room_kick(&kick),
             None => {}
         }
     }
@@ -496,94 +526,6 @@ impl Hub {
                     session.on_deliver(now_ms, deliver, recipient, effects)
                 });
             }
-        }
-    }
-
-    // ---- rooms --------------------------------------------------------------------------------------------------------
-
-    /// Whether the gateway is in the room already.
-    fn enter_room(&self, name: Arc<str>, connection: &Arc<Connection>, ticket: u32) -> bool {
-        let mut rooms = self.rooms.lock();
-        let room = rooms.entry(name.clone()).or_default();
-        room.viewers.push(connection.clone());
-        room.snapshot = None;
-        if room.joined {
-            return true;
-        }
-        room.waiting.push((connection.clone(), ticket));
-        if !std::mem::replace(&mut room.joining, true) {
-            self.request_join(&name, room);
-        }
-        false
-    }
-
-    fn request_join(&self, name: &Arc<str>, room: &mut Room) {
-        let body = Body { body: Some(body::Body::RoomJoin(RoomJoin { room: name.to_string() })) };
-        let mut routing = self.routing.lock();
-        let shard = shard_of(&room_key(name), routing.router.shards());
-        if routing.router.request(shard, 0, &body, Token::RoomJoined(name.clone())).is_err() {
-            // Asked again by the next viewer; who waits now hears nothing and ends after 10 s.
-            room.joining = false;
-        }
-        self.send_out(&mut routing);
-    }
-
-    fn room_joined(self: &Arc<Self>, name: &Arc<str>, answer: &Answer) {
-        let refused = match answer {
-            Answer::Outcome(Outcome::Refused(refused)) => Some(refused.clone()),
-            _ => None,
-        };
-        let waiting = {
-            let mut rooms = self.rooms.lock();
-            let Some(room) = rooms.get_mut(name) else { return };
-            room.joining = false;
-            room.joined |= refused.is_none();
-            std::mem::take(&mut room.waiting)
-        };
-        for (connection, ticket) in waiting {
-            let outcome = refused.clone().map_or(Outcome::Done(Done {}), Outcome::Refused);
-            self.with(&connection, |session, now_ms, effects| {
-                session.on_answer(now_ms, ticket, Answer::Outcome(outcome), effects)
-            });
-        }
-    }
-
-    fn leave_room(&self, name: &Arc<str>, connection: &Arc<Connection>) {
-        let mut rooms = self.rooms.lock();
-        let Some(room) = rooms.get_mut(name) else { return };
-        room.viewers.retain(|viewer| !Arc::ptr_eq(viewer, connection));
-        room.waiting.retain(|(viewer, _)| !Arc::ptr_eq(viewer, connection));
-        room.snapshot = None;
-        if room.viewers.is_empty() {
-            rooms.remove(name);
-            let body = Body { body: Some(body::Body::RoomLeave(RoomLeave { room: name.to_string() })) };
-            let mut routing = self.routing.lock();
-            let shard = shard_of(&room_key(name), routing.router.shards());
-            // An owner that never hears of it stops when the link ends.
-            let _ = routing.router.request(shard, 0, &body, Token::Nobody);
-            self.send_out(&mut routing);
-        }
-    }
-
-    fn on_room_message(self: &Arc<Self>, message: &RoomMessage) {
-        let viewers = {
-            let mut rooms = self.rooms.lock();
-            let Some(room) = rooms.get_mut(message.room.as_str()) else { return };
-            let viewers = &room.viewers;
-            room.snapshot.get_or_insert_with(|| viewers.iter().cloned().collect()).clone()
-        };
-        let encode = |version| -> Bytes {
-            let mut out = OutBuffer::default();
-            let (topic, from) = (["r", &message.room], [("from", message.sender.as_str())]);
-            Delivery { topic: &topic, packet_id: 0, user_properties: &from, payload: &message.payload }
-                .encode(&mut out, version);
-            out.take_bytes()
-        };
-        let (v5, v311) = (encode(Version::V5), encode(Version::V311));
-        for viewer in viewers.iter() {
-            self.with(viewer, |session, _, _| {
-                session.on_room_message(if session.version() == Version::V5 { &v5 } else { &v311 });
-            });
         }
     }
 

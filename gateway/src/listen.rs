@@ -22,7 +22,7 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 
 use crate::auth::Auth;
 use crate::config::{Limits, TlsListen};
-use crate::connection::{WebSocket, handshake};
+use crate::connection::{Tcp, WebSocket, handshake};
 use crate::hub::Hub;
 
 const BACKLOG: i32 = 4_096;
@@ -295,7 +295,7 @@ fn admit(gateway: &Arc<Gateway>, stream: TcpStream, wrap: &Wrap) {
     let deadline = Instant::now() + Duration::from_millis(gateway.limits.handshake_timeout_ms);
     let half_open = HalfOpen { deadline, _counted: permit };
     match wrap {
-        Wrap::Plain => drop(tokio::spawn(handshake(gateway, stream, half_open))),
+        Wrap::Plain => drop(tokio::spawn(handshake(gateway, Tcp::new(stream), half_open))),
         Wrap::Tls(acceptor) => drop(tokio::spawn(tls(gateway, stream, half_open, acceptor.clone()))),
         Wrap::WebSocket => drop(tokio::spawn(web_socket(gateway, stream, half_open))),
     }

@@ -280,6 +280,8 @@ impl Member {
         }
         self.gateway.set_serving(false);
         self.shed_some(usize::MAX);
+        // Likes that were counted and not sent yet.
+        self.gateway.hub.send_counts();
         // The last Close of each session has to reach its owner, and the clients their reason.
         let mut ticks = interval(SHED_INTERVAL);
         let last = Instant::now() + Duration::from_millis(500);

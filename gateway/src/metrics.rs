@@ -51,6 +51,8 @@ pub struct Metrics {
     pub unknown_puback: Counter,
     /// Room messages lost by viewers that did not keep up.
     pub room_dropped: Counter,
+    /// Likes and gifts that were not taken: too many different ones at a time, or refused by the owner.
+    pub room_counts_refused: Counter,
     /// Messages passed over because the client can't take their size.
     pub too_large_for_client: Counter,
     /// Deliveries that wait because so many bytes wait already for a client that reads slowly.
@@ -90,6 +92,7 @@ impl Metrics {
             ("shed", "Connections shed while draining", &metrics.shed),
             ("unknown_puback", "Acknowledgements that nobody waited for", &metrics.unknown_puback),
             ("room_dropped", "Room messages lost by slow viewers", &metrics.room_dropped),
+            ("room_counts_refused", "Likes and gifts that were not taken", &metrics.room_counts_refused),
             ("too_large_for_client", "Messages over a client's maximum packet size", &metrics.too_large_for_client),
             ("send_buffer_full", "Deliveries put off because a client reads slowly", &metrics.send_buffer_full),
             ("slow_handshakes", "Handshakes that were too slow", &metrics.slow_handshakes),

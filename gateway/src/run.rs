@@ -63,7 +63,7 @@ pub fn start(config: &Config) -> Result<Running, StartError> {
     let shared = Shared::new(boot, config.session_limits(), Metrics::new());
     let auth = Arc::new(Auth::new(&config.auth, config.service_tokens_file.as_deref())?);
     let token = config.read_link_token()?;
-    let hub = Hub::new(me, shared, token.as_deref());
+    let hub = Hub::new(me, shared, config.rooms_config(), token.as_deref());
     let gateway = Gateway::new(hub.clone(), auth, config.limits.clone());
     let listen = |address, wrap| listen::spawn(&gateway, address, wrap);
     let mqtt = config.mqtt.as_ref().map(|at| listen(at.address, Wrap::Plain)).transpose()?;
@@ -81,6 +81,7 @@ pub fn start(config: &Config) -> Result<Running, StartError> {
     tokio::spawn(member.clone().stay_joined(dialer));
     tokio::spawn(member.clone().shed());
     tokio::spawn(keep_time(hub.clone()));
+    tokio::spawn(hub.clone().keep_counting());
     tracing::info!(me = %hub.me, ?mqtt, ?tls, ?web_socket, ?http, %admin, "listening");
     Ok(Running { gateway, member, mqtt, tls, web_socket, http, admin })
 }

@@ -11,11 +11,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use harness::{connect, shared};
 use im_gateway::mqtt::{Connect, Packet, Publish, Reason, Subscribe, Version, Will};
-use im_gateway::session::{Answer, Effects, End, Identity, Session, SessionRequest, Shared};
+use im_gateway::session::{
+    Answer, Counter, Effects, End, Identity, OpenBatch, RoomEffect, RoomPart, Session, SessionRequest, Shared,
+};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
     Cursor, Deliver, Done, Entry, Fetched, Head, HeadList, IndexRow, KickReason, KickSession, Marked, Recipient,
-    Refusal, Refused, Registered, SessionNumber, Stored, Taken, body,
+    Refusal, Refused, Registered, RoomMessage, SessionNumber, Stored, Taken, body,
 };
 use mqtt_protocol_core::mqtt::packet::{v3_1_1, v5_0};
 use proptest::prelude::*;
@@ -227,7 +229,10 @@ fn what_publishes_are_answered_in_mqtt_5() {
         ("read/u/bob", "7", Some(Outcome::Marked(Marked { seq: 7 })), Reason::Success),
         ("read/g/team", "x", None, Reason::PayloadFormatInvalid),
         ("elsewhere", "x", None, Reason::TopicNameInvalid),
-        ("r/stage/like", "x", None, Reason::ImplementationSpecific),
+        ("r/stage/like", "x", None, Reason::PayloadFormatInvalid),
+        ("r/stage/gift/rose", "0", None, Reason::PayloadFormatInvalid),
+        ("r/stage", "x", Some(refused(Refusal::Sanctioned)), Reason::NotAuthorized),
+        ("r/stage", "x", Some(refused(Refusal::TooSoon)), Reason::ImplementationSpecific),
     ];
     for (topic, payload, outcome, reason) in cases {
         let mut driven = Driven::live(Version::V5);
@@ -325,7 +330,6 @@ fn filters_are_granted_or_refused() {
         ("inbox/u/bob/#", Reason::TopicFilterInvalid),
         ("u/bob", Reason::TopicFilterInvalid),
         ("$share/a/inbox/#", Reason::SharedSubscriptionsNotSupported),
-        ("r/stage/stats", Reason::ImplementationSpecific),
     ];
     for (filter, reason) in cases {
         let mut driven = Driven::live(Version::V5);
@@ -335,6 +339,86 @@ fn filters_are_granted_or_refused() {
         driven.subscribe(filter);
         assert_eq!(driven.packets(), [(0x90, vec![0, 1, 0x80])], "{filter}");
     }
+}
+
+#[test]
+fn a_session_enters_counts_and_leaves() {
+    let mut driven = Driven::live(Version::V5);
+    driven.subscribe("r/stage");
+    driven.subscribe("r/stage/stats");
+    let entered = std::mem::take(&mut driven.effects.rooms);
+    let parts: Vec<_> = entered
+        .iter()
+        .filter_map(|effect| match effect {
+            RoomEffect::Enter { room, part, .. } => Some((&**room, *part)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(parts, [("stage", RoomPart::Messages), ("stage", RoomPart::Stats)]);
+    for effect in &entered {
+        if let RoomEffect::Enter { ticket, .. } = effect {
+            driven.session.on_answer(0, *ticket, Answer::Outcome(Outcome::Done(Done {})), &mut driven.effects);
+        }
+    }
+    assert_eq!(driven.packets().len(), 2, "two SUBACKs");
+    for payload in ["", "3", ""] {
+        driven.publish(0, "r/stage/like", payload.as_bytes());
+    }
+    driven.publish(7, "r/stage/like", b"");
+    let stage = || Arc::from("stage");
+    let ticket = match &driven.effects.rooms[..] {
+        [
+            RoomEffect::Count { counter: Counter::Like, count: 5, ticket: None, .. },
+            RoomEffect::Count { count: 1, ticket: Some(ticket), .. },
+        ] => *ticket,
+        other => panic!("what nobody waits for is merged: {other:?}"),
+    };
+    assert!(driven.packets().is_empty(), "no PUBACK before it is stored");
+    driven.session.on_answer(0, ticket, Answer::Outcome(Outcome::Done(Done {})), &mut driven.effects);
+    assert_eq!(driven.packets(), [(0x40, vec![0, 7])]);
+    driven.effects.rooms.clear();
+    driven.packet(Packet::Unsubscribe { packet_id: 9, filters: vec!["r/stage", "r/other"] });
+    assert_eq!(driven.effects.rooms, [RoomEffect::Leave { room: stage(), part: RoomPart::Messages }]);
+    driven.effects.rooms.clear();
+    driven.session.end(End::Broken, &mut driven.effects);
+    assert_eq!(driven.effects.rooms, [RoomEffect::Leave { room: stage(), part: RoomPart::Stats }]);
+}
+
+#[test]
+fn a_batch_goes_to_the_socket_when_nothing_waits_before_it() {
+    let batch = |sizes: &[usize]| {
+        let mut open = OpenBatch::default();
+        for (index, size) in sizes.iter().enumerate() {
+            let payload = vec![b'x'; *size].into();
+            open.push(&RoomMessage { room: "r".into(), number: index as u64 + 1, payload, ..RoomMessage::default() });
+        }
+        open.seal()
+    };
+    for version in [Version::V5, Version::V311] {
+        let mut driven = Driven::live(version);
+        assert!(driven.packets().is_empty(), "CONNACK is written");
+        let mut written = Vec::new();
+        let sent = driven.session.on_room_batch(&batch(&[10, 20]), |bytes| {
+            written.extend_from_slice(bytes);
+            bytes.len()
+        });
+        assert_eq!((sent.delivered, sent.lost, sent.wakes), (2, 0, false));
+        assert!(!driven.session.has_output());
+        // The socket takes a part: the rest waits, and what follows waits behind it.
+        let sent = driven.session.on_room_batch(&batch(&[10]), |_| 3);
+        assert!(sent.wakes && driven.session.has_output());
+        let sent = driven.session.on_room_batch(&batch(&[10]), |_| panic!("something waits before it"));
+        assert_eq!((sent.delivered, sent.wakes), (1, false));
+        let taken = driven.session.take_output();
+        let sent = driven.session.on_room_batch(&batch(&[10]), |_| panic!("the task is writing"));
+        assert_eq!(sent.delivered, 1);
+        drop(taken);
+    }
+    let mut small =
+        Driven::registered(&Connect { packet_size_max: Some(64), ..connect(Version::V5) }, Registered::default());
+    let sent = small.session.on_room_batch(&batch(&[10, 100, 11]), |_| 0);
+    assert_eq!((sent.delivered, sent.lost), (2, 1), "what the client can't take is left out");
+    assert_eq!(small.packets().len(), 2);
 }
 
 #[test]
@@ -433,9 +517,10 @@ fn who_does_not_read_holds_up_only_himself_and_loses_no_chat() {
     assert!(driven.effects.requests.is_empty(), "nothing is fetched that can't be sent");
     assert_eq!(driven.shared.metrics.delivered.get(), 3);
     assert_eq!(driven.shared.metrics.send_buffer_full.get(), 37);
-    let room = Bytes::from_static(b"\x30\x03\x00\x01r");
-    driven.session.on_room_message(&room);
-    assert_eq!(driven.shared.metrics.room_dropped.get(), 1, "a room's message is lost");
+    let mut batch = OpenBatch::default();
+    batch.push(&RoomMessage { room: "r".into(), ..RoomMessage::default() });
+    let sent = driven.session.on_room_batch(&batch.seal(), |_| panic!("chat waits before it"));
+    assert_eq!((sent.delivered, sent.lost), (0, 1), "a room's message is lost");
     assert!(driven.session.wants_input(), "he is still heard and answered");
     for _ in 0..buffered {
         driven.packet(Packet::PingReq);

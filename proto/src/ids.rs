@@ -92,6 +92,11 @@ pub fn group_conversation(group: &str) -> String {
     format!("g/{group}")
 }
 
+/// The key whose shard owns a live room.
+pub fn room_key(room: &str) -> String {
+    format!("r/{room}")
+}
+
 /// A conversation id taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Conversation<'a> {

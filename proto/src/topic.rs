@@ -1,6 +1,6 @@
 //! The topic grammar: what a client may publish and subscribe, and the topics it receives on (design §2).
 
-use crate::ids::{Conversation, is_name};
+use crate::ids::{Conversation, NAME_BYTES_MAX, is_name};
 
 /// Where a PUBLISH goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +17,13 @@ pub enum Publish<'a> {
     ToRoom(&'a str),
     /// `r/{room}/like`: counts.
     Like(&'a str),
+    /// `r/{room}/gift/{gift}`: counts, each gift for itself.
+    Gift {
+        /// Where.
+        room: &'a str,
+        /// Which.
+        gift: &'a str,
+    },
 }
 
 /// What a SUBSCRIBE asks for.
@@ -34,15 +41,17 @@ pub enum Subscription<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TopicError {
     /// Not one of ours, or an id in it is malformed.
-    #[error("unknown topic: use u/{{user}}, g/{{group}}, read/u/{{peer}}, read/g/{{group}} or r/{{room}}")]
+    #[error(
+        "unknown topic: use u/{{user}}, g/{{group}}, read/u/{{peer}}, read/g/{{group}}, r/{{room}}, r/{{room}}/like or r/{{room}}/gift/{{gift}}"
+    )]
     Unknown,
     /// A wildcard elsewhere than in `inbox/#`.
     #[error("wildcards are refused: subscribe inbox/#, r/{{room}} or r/{{room}}/stats")]
     Wildcard,
 }
 
-/// Longest topic that can be right, in bytes: `read/u/` and an id.
-pub const TOPIC_BYTES_MAX: usize = 128;
+/// Longest topic that can be right, in bytes: `r/{room}/gift/{gift}`.
+pub const TOPIC_BYTES_MAX: usize = 2 * NAME_BYTES_MAX + 8;
 
 impl<'a> Publish<'a> {
     /// Parses the topic of a PUBLISH.
@@ -57,7 +66,10 @@ impl<'a> Publish<'a> {
             Some(("r", rest)) => match rest.split_once('/') {
                 None => name(rest).map(Self::ToRoom),
                 Some((room, "like")) => name(room).map(Self::Like),
-                Some(_) => Err(TopicError::Unknown),
+                Some((room, rest)) => {
+                    let gift = rest.strip_prefix("gift/").ok_or(TopicError::Unknown)?;
+                    Ok(Self::Gift { room: name(room)?, gift: name(gift)? })
+                }
             },
             Some(("read", rest)) => match rest.split_once('/') {
                 Some(("u", peer)) => name(peer).map(Self::ReadUser),
@@ -130,6 +142,9 @@ mod tests {
             ("read/g/team", Ok(Publish::ReadGroup("team"))),
             ("r/stage", Ok(Publish::ToRoom("stage"))),
             ("r/stage/like", Ok(Publish::Like("stage"))),
+            ("r/stage/gift/rose", Ok(Publish::Gift { room: "stage", gift: "rose" })),
+            ("r/stage/gift/", Err(TopicError::Unknown)),
+            ("r/stage/gift/a/b", Err(TopicError::Unknown)),
             ("r/stage/dance", Err(TopicError::Unknown)),
             ("u/", Err(TopicError::Unknown)),
             ("u/a/b", Err(TopicError::Unknown)),

@@ -30,6 +30,8 @@ pub enum StoreCall {
     LoadConversation { shard: u32, conversation: Arc<str> },
     /// All that is kept of a user.
     LoadUser { shard: u32, user: Arc<str> },
+    /// All that is kept of a live room.
+    LoadRoom { shard: u32, room: Arc<str> },
     /// What was stored under a key.
     Find { shard: u32, conversation: Arc<str>, key: Bytes },
     /// A part of a conversation's log.
@@ -49,6 +51,7 @@ pub enum StoreAnswer {
     Commit(Vec<Outcome>),
     LoadConversation(ConversationRows),
     LoadUser(UserRows),
+    LoadRoom(RoomRows),
     Find(Option<LogEntry>),
     Range(Vec<LogEntry>),
     Since(Vec<LogEntry>),
@@ -80,6 +83,17 @@ pub struct UserRows {
     pub cursors: Vec<(String, Bytes)>,
 }
 
+/// A live room as stored.
+#[derive(Debug, Clone, Default)]
+pub struct RoomRows {
+    /// How it is moderated.
+    pub settings: Option<Bytes>,
+    /// Its totals.
+    pub totals: Option<Bytes>,
+    /// Which gateways' counts are in the totals of all rooms of the shard.
+    pub counted: Option<Bytes>,
+}
+
 /// Names of items. Ids have no `/`, so no prefix is a prefix of another's.
 pub mod keys {
     /// A user's read mark.
@@ -105,6 +119,18 @@ pub mod keys {
     /// A session's cursors.
     pub fn cursors(user: &str, device: &str) -> String {
         format!("c/{user}/{device}")
+    }
+    /// A live room's settings.
+    pub fn room(room: &str) -> String {
+        format!("r/{room}")
+    }
+    /// A live room's totals.
+    pub fn room_counts(room: &str) -> String {
+        format!("t/{room}")
+    }
+    /// Which gateways' counts are in the totals of the shard's rooms.
+    pub fn counted() -> &'static str {
+        "T/"
     }
 }
 
@@ -155,6 +181,12 @@ pub async fn execute(store: &dyn Store, me: &MemberId, call: StoreCall) -> Resul
                 all_items(store, shard, keys::cursors(&user, "")).await?
             };
             StoreAnswer::LoadUser(UserRows { index, sessions, cursors })
+        }
+        StoreCall::LoadRoom { shard, room } => {
+            let names = vec![keys::room(&room), keys::room_counts(&room), keys::counted().to_owned()];
+            let mut rows = store.get(shard, names).await?.into_iter();
+            let mut next = || rows.next().flatten();
+            StoreAnswer::LoadRoom(RoomRows { settings: next(), totals: next(), counted: next() })
         }
     })
 }

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use im_proto::ids::{Conversation as Parsed, is_name, shard_of};
+use im_proto::ids::{Conversation as Parsed, is_name, room_key, shard_of};
 use im_proto::link::reply::Outcome as Answer;
 use im_proto::link::{
     Body, Entry, EntryKind, Fetch, Fetched, Group as GroupInfo, GroupChange, GroupGet, GroupMember, Head, HeadList,
-    Heads, MarkRead, Marked, Notify, ReadState, Refusal, RoomMessage, Send, Stored, body, push,
+    Heads, MarkRead, Marked, Notify, ReadState, Refusal, Send, Stored, body,
 };
 use im_proto::state::{GroupRow, MarkRow};
 use im_proto::topic::SYSTEM_SENDER;
@@ -22,6 +22,7 @@ use super::calls::{StoreAnswer, StoreCall, keys};
 use super::conversation::{Conversation, GroupStep, Member, Members};
 use super::notify::{Outgoing, PeerToken};
 use super::ownership::{CONFIRMED_FOR, Leaving, RETRY_PAUSE, store_refusal};
+use super::rooms::{FormedRoom, FormingRooms, RoomWrite, Rooms};
 use super::users::{UserWrite, Users};
 use super::{Ask, Context, Env, LinkId, Map, ReplyTo};
 use crate::store::{Duplicate, LogEntry, LogRange, Put, ShardBatch, StoreError, Tail};
@@ -59,7 +60,7 @@ pub(super) struct OwnedShard {
     watermark_write_at: Duration,
 
     conversations: Map<Arc<str>, Cached<Conversation>>,
-    rooms: BTreeMap<String, BTreeSet<LinkId>>,
+    pub(super) rooms: Rooms,
     pub(super) users: Users,
     pub(super) outgoing: Outgoing,
     parked: BTreeMap<u64, Parked>,
@@ -88,11 +89,12 @@ struct Parked {
 }
 
 /// A write that waits for the next batch.
-enum Op {
+pub(super) enum Op {
     Send { to: ReplyTo, send: Send, key: Bytes },
     Mark { to: ReplyTo, mark: MarkRead },
     Group { to: ReplyTo, change: GroupChange },
     User(UserWrite),
+    Room(RoomWrite),
 }
 
 /// A write under way.
@@ -121,6 +123,7 @@ enum Formed {
         members: Vec<(Arc<str>, Member)>,
     },
     User(UserWrite),
+    Room(FormedRoom),
 }
 
 impl Formed {
@@ -162,7 +165,7 @@ impl OwnedShard {
             watermark_written: tail.watermark,
             watermark_write_at: now + WATERMARK_INTERVAL,
             conversations: Map::default(),
-            rooms: BTreeMap::new(),
+            rooms: Rooms::default(),
             users: Users::new(now),
             outgoing: Outgoing::new(tail.watermark, now),
             parked: BTreeMap::new(),
@@ -243,36 +246,7 @@ impl OwnedShard {
             body::Body::Heads(heads) => self.heads(env, to, &heads),
             body::Body::Fetch(fetch) => self.fetch(env, to, &fetch),
             body::Body::GroupGet(get) => self.group_get(env, to, &get),
-            body::Body::RoomJoin(join) => {
-                self.rooms.entry(join.room).or_default().insert(to.link);
-                env.done(to);
-            }
-            body::Body::RoomLeave(leave) => {
-                if let Some(viewers) = self.rooms.get_mut(&leave.room) {
-                    viewers.remove(&to.link);
-                    if viewers.is_empty() {
-                        self.rooms.remove(&leave.room);
-                    }
-                }
-                env.done(to);
-            }
-            body::Body::RoomPublish(publish) => {
-                self.load_count += 1;
-                let viewers: Vec<LinkId> = self.rooms.get(&publish.room).into_iter().flatten().copied().collect();
-                let message = RoomMessage {
-                    room: publish.room,
-                    sender: publish.sender,
-                    device: publish.device,
-                    payload: publish.payload,
-                };
-                for link in viewers {
-                    if let Some(gateway) = env.links.get(&link).cloned() {
-                        env.push(&gateway, push::Push::RoomMessage(message.clone()), None);
-                    }
-                }
-                env.done(to);
-            }
-            user_body => self.ask_users(env, to, user_body),
+            other => self.ask_rooms(env, to, other),
         }
     }
 
@@ -281,9 +255,15 @@ impl OwnedShard {
         self.enqueue(env, Op::User(write));
     }
 
+    /// Queues a write of room state.
+    pub(super) fn write_room(&mut self, env: &mut Env, write: RoomWrite) {
+        self.enqueue(env, Op::Room(write));
+    }
+
     fn enqueue(&mut self, env: &mut Env, op: Op) {
         let to = match &op {
             Op::Send { to, .. } | Op::Mark { to, .. } | Op::Group { to, .. } => Some(*to),
+            Op::Room(write) => Some(write.to()),
             Op::User(_) => None,
         };
         match to {
@@ -331,7 +311,7 @@ impl OwnedShard {
                 }
             }
         }
-        missing + self.load_missing_users(env, body, waiter)
+        missing + self.load_missing_users(env, body, waiter) + self.load_missing_rooms(env, body, waiter)
     }
 
     fn load_conversation(&mut self, env: &mut Env, conversation: Arc<str>, waiter: Option<u64>) {
@@ -351,6 +331,7 @@ impl OwnedShard {
             }
         }
         self.users.forget_waiter(waiter);
+        self.rooms.forget_waiter(waiter);
     }
 
     pub(super) fn conversation_loaded(&mut self, env: &mut Env, id: Arc<str>, answer: Result<StoreAnswer, StoreError>) {
@@ -586,10 +567,7 @@ impl OwnedShard {
         let before = self.parked.len();
         self.parked.retain(|_, parked| !is_void(&parked.ask));
         env.parked -= before - self.parked.len();
-        self.rooms.retain(|_, viewers| {
-            viewers.remove(&link);
-            !viewers.is_empty()
-        });
+        self.rooms.link_closed(env.now.mono, link);
     }
 
     // ---- writes ---------------------------------------------------------------------------------------------------------
@@ -649,7 +627,8 @@ impl OwnedShard {
             }
             self.form(env, &mut forming, op);
         }
-        let Forming { deferred, formed, appends, mut puts, heads, .. } = forming;
+        let Forming { deferred, formed, appends, mut puts, heads, rooms, ts_ms, .. } = forming;
+        puts.extend(self.room_puts(&rooms, ts_ms));
         for op in deferred.into_iter().rev() {
             self.ops.push_front(op);
         }
@@ -773,6 +752,7 @@ impl OwnedShard {
                 forming.puts.extend(write.puts.iter().cloned());
                 forming.formed.push(Formed::User(write));
             }
+            Op::Room(write) => self.form_room(env, forming, write),
         }
     }
 
@@ -815,6 +795,7 @@ impl OwnedShard {
                     }
                 }
                 Formed::User(write) => self.user_written(env, write),
+                Formed::Room(write) => self.room_written(env, write),
             }
         }
     }
@@ -883,6 +864,10 @@ impl OwnedShard {
                     self.refuse_in_turn(env, to, Refusal::StoreUnavailable, reason);
                 }
                 Formed::Send { .. } | Formed::Mark { .. } | Formed::Group { .. } => again.extend(reopen(write)),
+                Formed::Room(write) if !write.to().again => {
+                    env.refuse(write.to(), Refusal::StoreUnavailable, reason);
+                }
+                Formed::Room(write) => again.push(Op::Room(write.reopen())),
                 Formed::Implied { .. } => {}
                 Formed::User(write) => again.extend(self.user_write_refused(env, write, reason).map(Op::User)),
             }
@@ -918,6 +903,7 @@ impl OwnedShard {
         }
         self.retry_notifications(env);
         self.tick_users(env);
+        self.tick_rooms(env);
     }
 
     /// Messages and notifications per second, averaged over some 10 s; `passed` since the last call, in seconds.
@@ -942,12 +928,13 @@ impl OwnedShard {
                 .retain(|_, cached| !matches!(cached, Cached::Ready { used_at, .. } if *used_at + IDLE_MAX < now));
         }
         self.sweep_users(now, max);
+        self.rooms.sweep(now);
     }
 }
 
 /// A batch being put together.
 #[derive(Default)]
-struct Forming {
+pub(super) struct Forming {
     pos: u64,
     ts_ms: i64,
     heads: BTreeMap<Arc<str>, u64>,
@@ -958,9 +945,23 @@ struct Forming {
     deferred: VecDeque<Op>,
     appends: Vec<LogEntry>,
     puts: Vec<Put>,
+    pub(super) rooms: FormingRooms,
 }
 
 impl Forming {
+    /// Leaves a write to the next batch.
+    pub(super) fn defer(&mut self, op: Op) {
+        self.deferred.push_back(op);
+    }
+
+    pub(super) fn put(&mut self, put: Put) {
+        self.puts.push(put);
+    }
+
+    pub(super) fn form_room(&mut self, write: FormedRoom) {
+        self.formed.push(Formed::Room(write));
+    }
+
     #[allow(clippy::too_many_arguments)] // the fields of one log entry
     fn append(
         &mut self,
@@ -1000,6 +1001,7 @@ fn reopen(write: Formed) -> Option<Op> {
         Formed::Group { to, change, .. } => Some(Op::Group { to, change }),
         Formed::Implied { .. } => None,
         Formed::User(write) => Some(Op::User(write)),
+        Formed::Room(write) => Some(Op::Room(write.reopen())),
     }
 }
 
@@ -1062,6 +1064,10 @@ fn check(body: &body::Body, shard: u32, env: &Env) -> Result<(), String> {
         Ok(()) if shard_of(id, env.shards) != shard => Err(format!("{id} is not of shard {shard}")),
         other => other,
     };
+    let room = |id: &str| match name(id) {
+        Ok(()) if shard_of(&room_key(id), env.shards) != shard => Err(format!("room {id} is not of shard {shard}")),
+        other => other,
+    };
     match body {
         body::Body::Send(send) => conversation(&send.conversation).and_then(|()| name(&send.sender)).and_then(|()| {
             let has_key = !send.client_id.is_empty() || !send.key.is_empty();
@@ -1082,8 +1088,18 @@ fn check(body: &body::Body, shard: u32, env: &Env) -> Result<(), String> {
             let users = change.add.iter().chain(&change.remove).chain(change.roles.iter().map(|role| &role.user));
             conversation(&change.conversation).and_then(|()| users.map(String::as_str).try_for_each(name))
         }
-        body::Body::RoomJoin(_) | body::Body::RoomLeave(_) | body::Body::RoomPublish(_) | body::Body::Announced(_) => {
-            Ok(())
+        body::Body::Announced(_) => Ok(()),
+        body::Body::RoomJoin(join) => room(&join.room),
+        body::Body::RoomLeave(leave) => room(&leave.room),
+        body::Body::RoomPublish(publish) => room(&publish.room).and_then(|()| name(&publish.sender)),
+        body::Body::RoomGet(get) => room(&get.room),
+        body::Body::RoomCounts(counts) => counts.rooms.iter().try_for_each(|count| room(&count.room)),
+        body::Body::RoomChange(change) => {
+            let roles = change.add_moderators.iter().chain(&change.remove_moderators);
+            let sanctioned = change.mute.iter().chain(&change.kick).map(|sanction| &sanction.user);
+            let owner = (!change.owner.is_empty()).then_some(&change.owner);
+            let mut users = roles.chain(sanctioned).chain(owner);
+            room(&change.room).and_then(|()| users.try_for_each(|user| name(user)))
         }
         body::Body::Register(register) => user(&register.user).and_then(|()| name(&register.device)),
         body::Body::Close(close) => user(&close.user).and_then(|()| name(&close.device)),

@@ -7,6 +7,7 @@
 //! | [`conversation`] | one conversation: head, members, marks |
 //! | [`notify`] | telling the owners of recipients what was committed, until they have it |
 //! | [`users`] | one user: sessions, index, cursors; and being told |
+//! | [`rooms`] | live rooms: order, moderation, merged counts |
 //! | [`calls`] | what is asked of the store |
 //!
 //! One core per process, driven by one task: an owner needs no locks, and a seeded loop can drive many cores through faults.
@@ -16,6 +17,7 @@ pub mod conversation;
 mod log;
 mod notify;
 mod ownership;
+mod rooms;
 mod users;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -23,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use im_proto::control::{Command, Hello, Report, report};
-use im_proto::ids::MemberId;
+use im_proto::ids::{MemberId, room_key, shard_of};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
     Body, ClientFrame, Done, Moved, Owned, Push, Refusal, Refused, Register, Reply, Request, Role, ServerFrame, body,
@@ -63,6 +65,10 @@ pub struct Limits {
     pub cached_max: usize,
     /// A message's payload, bytes.
     pub payload_max: usize,
+    /// Messages of a live room that are kept for late comers.
+    pub room_history: usize,
+    /// Between two statistics of a live room.
+    pub room_stats_interval: Duration,
 }
 
 impl Default for Limits {
@@ -77,6 +83,8 @@ impl Default for Limits {
             commit_bytes_max: 4 << 20,
             cached_max: 200_000,
             payload_max: 256 << 10,
+            room_history: 0,
+            room_stats_interval: Duration::from_secs(1),
         }
     }
 }
@@ -172,6 +180,8 @@ pub struct Stats {
     pub holes: u64,
     /// Frames that could not be understood.
     pub malformed: u64,
+    /// Room messages not sent to a gateway that has too many of that room in hand.
+    pub room_dropped: u64,
 }
 
 /// Where an answer goes, and what it may be.
@@ -238,6 +248,7 @@ enum Context {
     Commit { shards: Vec<(u32, u64)>, at: Duration },
     LoadConversation { shard: u32, epoch: u64, conversation: Arc<str> },
     LoadUser { shard: u32, epoch: u64, user: Arc<str> },
+    LoadRoom { shard: u32, epoch: u64, room: Arc<str> },
     Range { shard: u32, epoch: u64, fetch: log::PendingFetch },
     Find { shard: u32, epoch: u64, to: ReplyTo },
     Since { shard: u32, epoch: u64 },
@@ -498,6 +509,12 @@ impl Core {
             if let Some(old) = gateway.link.replace(link) {
                 self.env.outputs.push(Output::CloseLink(old));
                 self.env.links.remove(&old);
+                // The new link brings its rooms with it.
+                for slot in self.slots.values_mut() {
+                    if let Slot::Owned(owned) = slot {
+                        owned.rooms.link_closed(self.env.now.mono, old);
+                    }
+                }
             }
             gateway.gone_at = None;
             let outstanding = std::mem::take(&mut gateway.outstanding);
@@ -534,6 +551,12 @@ impl Core {
                 {
                     self.env.settled.push(*job);
                     gateway.outstanding.pop_front();
+                }
+            }
+            Some(client_frame::Frame::RoomTook(took)) => {
+                let shard = shard_of(&room_key(&took.room), self.env.shards);
+                if let Some(Slot::Owned(owned)) = self.slots.get_mut(&shard) {
+                    owned.rooms.took(link, &took.room, took.bytes);
                 }
             }
             Some(client_frame::Frame::Ping(number)) => self.env.frame(link, server_frame::Frame::Pong(number)),
@@ -642,6 +665,11 @@ impl Core {
             (Context::LoadUser { shard, epoch, user }, answer) => {
                 if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
                     owned.user_loaded(&mut self.env, user, answer);
+                }
+            }
+            (Context::LoadRoom { shard, epoch, room }, answer) => {
+                if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
+                    owned.room_loaded(&mut self.env, room, answer);
                 }
             }
             (Context::Range { shard, epoch, fetch }, answer) => {

@@ -677,7 +677,7 @@ impl OwnedShard {
         }
     }
 
-    fn presence_known(&mut self, env: &Env) -> bool {
+    pub(super) fn presence_known(&mut self, env: &Env) -> bool {
         let users = &mut self.users;
         if !users.is_known {
             // The map may not know a gateway yet whose link is here.

@@ -545,20 +545,6 @@ impl Session {
         }
     }
 
-    /// A room's message, encoded once per version for all its viewers. A viewer that can't keep up loses it.
-    pub fn on_room_message(&mut self, encoded: &Bytes) {
-        if self.phase != Phase::Live {
-            return;
-        }
-        let too_large = self.packet_size_max.is_some_and(|max| encoded.len() > max as usize);
-        if too_large || self.is_congested() {
-            self.shared.metrics.room_dropped.inc();
-        } else {
-            self.out.put(encoded);
-            self.shared.metrics.delivered.inc();
-        }
-    }
-
     pub(super) fn send_cursors(&mut self, now_ms: u64, effects: &mut Effects) {
         let under_way = self.waiting.iter().any(|waiting| matches!(waiting.what, What::Cursors));
         if self.inbox.dirty.is_empty() || under_way || !matches!(self.inbox.state, InboxState::Subscribed) {

@@ -11,6 +11,7 @@ use im_proto::link::{
 use im_proto::topic::Publish as PublishTopic;
 
 use super::delivery::Inbox;
+use super::rooms::EnteredRoom;
 use super::{
     Answer, ConnectRefused, Effects, End, Identity, InboxState, OwnedWill, Phase, RoomEffect, Session, SessionRequest,
     Shared, What, refusal_of,
@@ -92,6 +93,7 @@ impl Session {
             connection,
             number: None,
             out: OutBuffer::default(),
+            is_writing: false,
             packet_size_max: connect.packet_size_max,
             session_expiry_s,
             keep_alive_s_told,
@@ -225,8 +227,8 @@ impl Session {
                 (!registering, None)
             }
         };
-        for room in self.rooms.drain(..) {
-            effects.rooms.push(RoomEffect::Leave { room });
+        for EnteredRoom { room, part } in self.rooms.drain(..) {
+            effects.rooms.push(RoomEffect::Leave { room, part });
         }
         if let Some(number) = self.number {
             debug_assert!(!registering, "{number:?} before Registered");

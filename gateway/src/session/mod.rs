@@ -4,22 +4,25 @@
 //! [`OutBuffer`], everything else through [`Effects`]. It knows nothing of sockets, tasks or links, so a seeded loop can drive it.
 //!
 //! Here: its vocabulary and its state, what it asks and what it is answered, and what time brings. How it begins and ends is in
-//! `lifecycle`, what clients may say in `protocol`, what they are sent in `delivery`.
+//! `lifecycle`, what clients may say in `protocol`, what they are sent in `delivery`, live rooms in `rooms`.
 
 mod delivery;
 mod lifecycle;
 mod protocol;
+mod rooms;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use im_proto::ids::shard_of;
+use im_proto::ids::{room_key, shard_of};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{Body, Refusal, Refused, SessionNumber, Taken, body};
 
 use self::delivery::Inbox;
+use self::rooms::EnteredRoom;
+pub use self::rooms::{Batch, Counter, OpenBatch, RoomPart, Sent};
 use crate::metrics::Metrics;
 use crate::mqtt::{self, OutBuffer, Reason, Version};
 
@@ -115,17 +118,26 @@ pub struct SessionRequest {
     pub body: Body,
 }
 
-/// Entering or leaving a live room.
+/// Entering and leaving a live room, and counting in it.
 #[derive(Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum RoomEffect {
     /// Answered under the ticket with `Done` once this gateway is in the room.
     Enter {
         room: Arc<str>,
+        part: RoomPart,
         ticket: u32,
     },
     Leave {
         room: Arc<str>,
+        part: RoomPart,
+    },
+    /// Answered under the ticket, if there is one, with `Done` once the owner has stored it.
+    Count {
+        room: Arc<str>,
+        counter: Counter,
+        count: u64,
+        ticket: Option<u32>,
     },
 }
 
@@ -200,7 +212,7 @@ enum What {
     HeadsToCompare,
     SubscribeInbox,
     UnsubscribeInbox { packet_id: u16, codes: Vec<u8> },
-    EnterRoom { packet_id: u16, filter: usize, room: Arc<str> },
+    EnterRoom { packet_id: u16, filter: usize, room: Arc<str>, part: RoomPart },
     Fetch { flow: u32, from: u64, head_before: u64 },
     Cursors,
 }
@@ -273,6 +285,8 @@ pub struct Session {
     connection: u64,
     number: Option<SessionNumber>,
     out: OutBuffer,
+    /// What was taken of the out-buffer last is still being written.
+    is_writing: bool,
     packet_size_max: Option<u32>,
     session_expiry_s: u32,
     /// What the client hears of its keep-alive in CONNACK.
@@ -285,7 +299,7 @@ pub struct Session {
     next_ticket: u32,
     publishes_unanswered: usize,
     subscribes: Vec<PendingSubscribe>,
-    rooms: Vec<Arc<str>>,
+    rooms: Vec<EnteredRoom>,
     /// What the last connection left unanswered.
     resumable: Vec<Taken>,
     will: Option<Box<OwnedWill>>,
@@ -339,8 +353,10 @@ impl Session {
         !self.out.is_empty()
     }
 
-    /// Takes what waits to be written. [`Session::on_written`] has to follow when that is done.
+    /// Takes what waits to be written. To be called only when what was taken before is written. [`Session::on_written`] has to follow when
+    /// that is done.
     pub fn take_output(&mut self) -> OutBuffer {
+        self.is_writing = self.has_output();
         std::mem::take(&mut self.out)
     }
 
@@ -438,11 +454,11 @@ impl Session {
                     mqtt::unsuback(&mut self.out, self.version, packet_id, &codes);
                 }
             },
-            What::EnterRoom { packet_id, filter, room } => match answer {
+            What::EnterRoom { packet_id, filter, room, part } => match answer {
                 Answer::Outcome(Outcome::Done(_)) => self.granted(packet_id, filter, 0),
                 answer => {
-                    self.rooms.retain(|entered| *entered != room);
-                    effects.rooms.push(RoomEffect::Leave { room });
+                    self.rooms.retain(|entered| (&entered.room, entered.part) != (&room, part));
+                    effects.rooms.push(RoomEffect::Leave { room, part });
                     self.not_granted(packet_id, filter, refusal_of(&answer).0);
                 }
             },
@@ -503,11 +519,6 @@ impl Session {
     }
 }
 
-/// The key whose shard owns a room.
-pub fn room_key(room: &str) -> String {
-    format!("r/{room}")
-}
-
 /// What a client is told of an answer that is no success, and whether it is refused only for now.
 fn refusal_of(answer: &Answer) -> ((Reason, &'static str), bool) {
     let code = match answer {
@@ -520,6 +531,8 @@ fn refusal_of(answer: &Answer) -> ((Reason, &'static str), bool) {
         Refusal::IdReused => ((Reason::ImplementationSpecific, "this id was used for another payload"), false),
         Refusal::NotFound => ((Reason::TopicNameInvalid, "there is no such conversation"), false),
         Refusal::Forbidden => ((Reason::NotAuthorized, "not allowed"), false),
+        Refusal::Sanctioned => ((Reason::NotAuthorized, "muted in this room, or put out of it"), false),
+        Refusal::TooSoon => ((Reason::ImplementationSpecific, "slow mode: wait before the next message"), false),
         Refusal::Invalid => ((Reason::PayloadFormatInvalid, "the owner found it invalid"), false),
         Refusal::StaleSession => ((Reason::SessionTakenOver, "the session goes on in another connection"), false),
         Refusal::Busy => ((Reason::QuotaExceeded, "a queue is full: try again later"), true),

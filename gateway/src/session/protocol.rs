@@ -9,9 +9,10 @@ use im_proto::link::{MarkRead, RoomPublish, Send, Subscribe, Taken, body};
 use im_proto::topic::{self, Publish as PublishTopic, Subscription, TopicError};
 use xxhash_rust::xxh3::Xxh3Default;
 
+use super::rooms::{EnteredRoom, count_of};
 use super::{
-    Answer, Digits, Effects, End, InboxState, PendingSubscribe, Phase, RoomEffect, Session, Subscribing, TakenPublish,
-    What, refusal_of,
+    Answer, Counter, Digits, Effects, End, InboxState, PendingSubscribe, Phase, RoomEffect, RoomPart, Session,
+    Subscribing, TakenPublish, What, refusal_of,
 };
 use crate::mqtt::{self, DecodeError, Delivery, Packet, Publish, Reason, Version};
 
@@ -84,7 +85,8 @@ impl Session {
             self.shared.metrics.refused(reason);
             return self.end(End::Server(reason, text), effects);
         }
-        let hash = hash_of(publish);
+        // Of QoS 0 nothing is sent again.
+        let hash = if publish.qos == 1 { hash_of(publish) } else { 0 };
         let in_use = self.waiting.iter().find_map(|waiting| match &waiting.what {
             What::Publish(taken) if publish.qos == 1 && taken.packet_id == publish.packet_id => {
                 Some(taken.hash == hash && publish.dup)
@@ -104,6 +106,14 @@ impl Session {
             }
             None => {}
         }
+        let topic = PublishTopic::parse(publish.topic);
+        if let Ok(PublishTopic::Like(room) | PublishTopic::Gift { room, .. }) = topic {
+            let counter = match topic {
+                Ok(PublishTopic::Gift { gift, .. }) => Counter::Gift(gift.into()),
+                _ => Counter::Like,
+            };
+            return self.on_count(now_ms, publish, hash, room, counter, effects);
+        }
         let mut taken = Box::new(TakenPublish {
             packet_id: publish.packet_id,
             hash,
@@ -112,7 +122,7 @@ impl Session {
             mark: None,
         });
         let user = self.user.clone();
-        let request = match PublishTopic::parse(publish.topic) {
+        let request = match topic {
             Ok(PublishTopic::ToUser(peer)) => self.send_to(ids::direct_conversation(&user, peer), publish, &mut taken),
             Ok(PublishTopic::ToGroup(group)) => self.send_to(ids::group_conversation(group), publish, &mut taken),
             Ok(PublishTopic::ReadUser(peer)) => {
@@ -125,11 +135,13 @@ impl Session {
                 let payload = Bytes::copy_from_slice(publish.payload);
                 Ok((shard, 0, body::Body::RoomPublish(RoomPublish { room: room.to_owned(), sender, device, payload })))
             }
-            Ok(PublishTopic::Like(_)) => Err((Reason::ImplementationSpecific, "likes are not available yet")),
-            Err(TopicError::Unknown | TopicError::Wildcard) => Err((
-                Reason::TopicNameInvalid,
-                "unknown topic: use u/{user}, g/{group}, read/u/{peer}, read/g/{group} or r/{room}",
-            )),
+            // The counters were dealt with above.
+            Ok(PublishTopic::Like(_) | PublishTopic::Gift { .. }) | Err(TopicError::Unknown | TopicError::Wildcard) => {
+                Err((
+                    Reason::TopicNameInvalid,
+                    "unknown topic: use u/{user}, g/{group}, read/u/{peer}, read/g/{group}, r/{room} or r/{room}/like",
+                ))
+            }
         };
         match request {
             Ok((shard, order, body)) => {
@@ -139,6 +151,29 @@ impl Session {
             }
             Err((reason, text)) => self.refuse(publish.packet_id, publish.topic, reason, text, effects),
         }
+    }
+
+    /// A like or a gift.
+    fn on_count(
+        &mut self,
+        now_ms: u64,
+        publish: &Publish<'_>,
+        hash: u64,
+        room: &str,
+        counter: Counter,
+        effects: &mut Effects,
+    ) {
+        let count = match count_of(publish.payload) {
+            Ok(count) => count,
+            Err((reason, text)) => return self.refuse(publish.packet_id, publish.topic, reason, text, effects),
+        };
+        self.shared.metrics.accepted.inc();
+        let ticket = (publish.qos == 1).then(|| {
+            self.publishes_unanswered += 1;
+            let (packet_id, topic) = (publish.packet_id, publish.topic.into());
+            self.wait(now_ms, What::Publish(Box::new(TakenPublish { packet_id, hash, key: None, topic, mark: None })))
+        });
+        self.count(room, counter, count, ticket, effects);
     }
 
     #[allow(clippy::type_complexity)]
@@ -292,29 +327,21 @@ impl Session {
             unanswered: count,
             reason: "",
         });
-        for (index, (filter, qos)) in subscribe.filters.iter().enumerate() {
+        for (index, (filter, _)) in subscribe.filters.iter().enumerate() {
             let refusal = match Subscription::parse(filter) {
                 _ if index >= FILTERS_MAX => (Reason::QuotaExceeded, "at most 64 topic filters a SUBSCRIBE"),
                 Ok(Subscription::Inbox) => {
                     self.subscribe_inbox(now_ms, packet_id, index, effects);
                     continue;
                 }
-                Ok(Subscription::Room(room)) if self.rooms.iter().any(|r| **r == *room) => {
-                    self.granted(packet_id, index, 0);
-                    continue;
+                Ok(parsed @ (Subscription::Room(room) | Subscription::RoomStats(room))) => {
+                    let is_stats = matches!(parsed, Subscription::RoomStats(_));
+                    let part = if is_stats { RoomPart::Stats } else { RoomPart::Messages };
+                    match self.enter(now_ms, packet_id, index, room, part, effects) {
+                        Ok(()) => continue,
+                        Err(refusal) => refusal,
+                    }
                 }
-                Ok(Subscription::Room(_)) if self.rooms.len() >= ROOMS_MAX => {
-                    (Reason::QuotaExceeded, "at most 64 rooms a connection")
-                }
-                Ok(Subscription::Room(room)) => {
-                    let room = Arc::<str>::from(room);
-                    self.rooms.push(room.clone());
-                    let ticket = self.wait(now_ms, What::EnterRoom { packet_id, filter: index, room: room.clone() });
-                    effects.rooms.push(RoomEffect::Enter { room, ticket });
-                    let _ = qos; // rooms are QoS 0, whatever was asked
-                    continue;
-                }
-                Ok(Subscription::RoomStats(_)) => (Reason::ImplementationSpecific, "room stats are not available yet"),
                 Err(_) if filter.starts_with("$share/") => {
                     (Reason::SharedSubscriptionsNotSupported, "shared subscriptions are not supported")
                 }
@@ -325,6 +352,32 @@ impl Session {
             };
             self.not_granted(packet_id, index, refusal);
         }
+    }
+
+    /// Rooms are QoS 0, whatever was asked.
+    fn enter(
+        &mut self,
+        now_ms: u64,
+        packet_id: u16,
+        filter: usize,
+        room: &str,
+        part: RoomPart,
+        effects: &mut Effects,
+    ) -> Result<(), (Reason, &'static str)> {
+        if self.rooms.iter().any(|entered| entered.part == part && *entered.room == *room) {
+            self.granted(packet_id, filter, 0);
+            return Ok(());
+        }
+        if self.rooms.len() >= ROOMS_MAX {
+            return Err((Reason::QuotaExceeded, "at most 64 rooms a connection"));
+        }
+        let room = Arc::<str>::from(room);
+        // Most people are in one room: no space for more.
+        self.rooms.reserve_exact(1);
+        self.rooms.push(EnteredRoom { room: room.clone(), part });
+        let ticket = self.wait(now_ms, What::EnterRoom { packet_id, filter, room: room.clone(), part });
+        effects.rooms.push(RoomEffect::Enter { room, part, ticket });
+        Ok(())
     }
 
     pub(super) fn granted(&mut self, packet_id: u16, filter: usize, code: u8) {
@@ -394,13 +447,8 @@ impl Session {
                     inbox = true;
                     true
                 }
-                Ok(Subscription::Room(room)) => match self.rooms.iter().position(|r| **r == *room) {
-                    Some(position) => {
-                        effects.rooms.push(RoomEffect::Leave { room: self.rooms.swap_remove(position) });
-                        true
-                    }
-                    None => false,
-                },
+                Ok(Subscription::Room(room)) => self.leave(room, RoomPart::Messages, effects),
+                Ok(Subscription::RoomStats(room)) => self.leave(room, RoomPart::Stats, effects),
                 _ => false,
             };
             codes.push(if existed { Reason::Success } else { Reason::NoSubscriptionExisted }.code());
@@ -417,6 +465,15 @@ impl Session {
             cursors: Vec::new(),
         };
         self.ask_user(now_ms, What::UnsubscribeInbox { packet_id, codes }, body::Body::Subscribe(unsubscribe), effects);
+    }
+
+    /// Whether the session was there.
+    fn leave(&mut self, room: &str, part: RoomPart, effects: &mut Effects) -> bool {
+        let is_it = |entered: &EnteredRoom| entered.part == part && *entered.room == *room;
+        let Some(position) = self.rooms.iter().position(is_it) else { return false };
+        let EnteredRoom { room, part } = self.rooms.swap_remove(position);
+        effects.rooms.push(RoomEffect::Leave { room, part });
+        true
     }
 }
 

@@ -15,8 +15,8 @@ use im_proto::link::link_server::{Link, LinkServer};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
     Body, ClientFrame, ClientFrames, Deliver, Done, Entry, Fetched, Head, HeadList, IndexRow, Marked, Owned,
-    OwnedShard, PresenceInfo, Push, Recipient, Refusal, Refused, Registered, Reply, RoomMessage, ServerFrame,
-    ServerFrames, SessionNumber, Stored, body, client_frame, push, server_frame,
+    OwnedShard, PresenceInfo, Push, Recipient, Refusal, Refused, Registered, Reply, RoomCounts, RoomJoined,
+    RoomMessage, ServerFrame, ServerFrames, SessionNumber, Stored, body, client_frame, push, server_frame,
 };
 use im_proto::links::Outbox;
 use mqtt_protocol_core::mqtt::packet::{Qos, SubEntry, SubOpts, v5_0};
@@ -44,6 +44,12 @@ struct OwnerState {
     push_id: u64,
     pub closes: Vec<im_proto::link::Close>,
     took: u64,
+    links: Vec<Arc<Outbox<ServerFrame>>>,
+    counts: Vec<RoomCounts>,
+    refused_counts: Vec<RoomCounts>,
+    counts_to_refuse: u32,
+    room_took: u64,
+    history_max: u32,
 }
 
 impl FakeOwner {
@@ -66,6 +72,41 @@ impl FakeOwner {
 
     pub fn took(&self) -> u64 {
         self.state.lock().took
+    }
+
+    /// Pushes over all links.
+    pub fn push(&self, push: push::Push) {
+        let mut state = self.state.lock();
+        state.push_id += 1;
+        let frame = server_frame::Frame::Push(Push { id: state.push_id, push: Some(push) });
+        for link in &state.links {
+            link.push([ServerFrame { frame: Some(frame.clone()) }]).unwrap();
+        }
+    }
+
+    /// Counts that were taken.
+    pub fn counts(&self) -> Vec<RoomCounts> {
+        self.state.lock().counts.clone()
+    }
+
+    /// Counts that were refused.
+    pub fn refused_counts(&self) -> Vec<RoomCounts> {
+        self.state.lock().refused_counts.clone()
+    }
+
+    /// Refuses the next counts for now.
+    pub fn refuse_counts(&self, times: u32) {
+        self.state.lock().counts_to_refuse = times;
+    }
+
+    /// Bytes of room messages that went out.
+    pub fn room_took(&self) -> u64 {
+        self.state.lock().room_took
+    }
+
+    /// Gateways keep so many messages of rooms.
+    pub fn keep_history(&self, history_max: u32) {
+        self.state.lock().history_max = history_max;
     }
 
     fn answer(&self, body: body::Body, pushes: &mut Vec<push::Push>) -> Outcome {
@@ -129,7 +170,21 @@ impl FakeOwner {
             body::Body::MarkRead(mark) => Outcome::Marked(Marked { seq: mark.seq }),
             body::Body::RoomPublish(publish) => {
                 let (room, sender, device, payload) = (publish.room, publish.sender, publish.device, publish.payload);
-                pushes.push(push::Push::RoomMessage(RoomMessage { room, sender, device, payload }));
+                pushes.push(push::Push::RoomMessage(RoomMessage { room, sender, device, payload, number: 1 }));
+                Outcome::Done(Done {})
+            }
+            body::Body::RoomJoin(_) => {
+                Outcome::RoomJoined(RoomJoined { history_max: state.history_max, ..RoomJoined::default() })
+            }
+            body::Body::RoomCounts(counts) if state.counts_to_refuse > 0 && has_counted(&counts) => {
+                state.counts_to_refuse -= 1;
+                state.refused_counts.push(counts);
+                Outcome::Refused(Refused { code: Refusal::StoreUnavailable.into(), reason: String::new() })
+            }
+            body::Body::RoomCounts(counts) => {
+                if has_counted(&counts) {
+                    state.counts.push(counts);
+                }
                 Outcome::Done(Done {})
             }
             body::Body::Close(close) => {
@@ -146,6 +201,10 @@ impl FakeOwner {
             client_frame::Frame::Hello(_) => {
                 let shards = (0..SHARDS).map(|shard| OwnedShard { shard, epoch: 1 }).collect();
                 vec![server_frame::Frame::Owned(Owned { shards })]
+            }
+            client_frame::Frame::RoomTook(took) => {
+                self.state.lock().room_took += took.bytes;
+                Vec::new()
             }
             client_frame::Frame::Took(id) => {
                 self.state.lock().took = id;
@@ -169,6 +228,10 @@ impl FakeOwner {
     }
 }
 
+fn has_counted(counts: &RoomCounts) -> bool {
+    counts.rooms.iter().any(|room| !room.counted.is_empty())
+}
+
 struct Handler(Arc<FakeOwner>);
 
 #[tonic::async_trait]
@@ -179,6 +242,7 @@ impl Link for Handler {
         let mut frames = request.into_inner();
         let outbox = Outbox::<ServerFrame>::new(100_000);
         let (owner, writer) = (self.0.clone(), outbox.clone());
+        owner.state.lock().links.push(outbox.clone());
         tokio::spawn(async move {
             while let Ok(Some(message)) = frames.message().await {
                 for ClientFrame { frame } in message.frames {

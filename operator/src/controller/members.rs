@@ -1,7 +1,7 @@
 //! What a member reads in its pod: its configuration, and where that lies. Pure.
 
 use super::accepted::Accepted;
-use crate::platform::process::gateway_limits;
+use crate::platform::process::{business_rooms, gateway_limits, gateway_rooms};
 use im_crds::{Auth, Storage};
 use serde_json::{Map, Value, json};
 use std::net::SocketAddr;
@@ -120,6 +120,9 @@ pub fn gateway_config(accepted: &Accepted, control: &str) -> Value {
     if spec.service_token_secret.is_some() {
         config["serviceTokensFile"] = json!(format!("{SERVICE_TOKEN_DIR}/{ONLY_FILE}"));
     }
+    if let Some(rooms) = gateway_rooms(spec) {
+        config["rooms"] = rooms;
+    }
     config
 }
 
@@ -137,6 +140,9 @@ pub fn business_config(accepted: &Accepted, control: &str) -> Value {
         "payloadMax": spec.messages.max_payload,
         "terminationGraceSeconds": BUSINESS_GRACE_S - 10,
     });
+    if let Some(rooms) = business_rooms(spec) {
+        config["rooms"] = rooms;
+    }
     match &spec.storage {
         Storage::Embedded(_) => {
             let store = format!("{}.{}.svc", accepted.child("store"), accepted.namespace());

@@ -313,7 +313,33 @@ fn gateway_config(cluster: &ImCluster, name: &str, control: &str, secrets: &Secr
     if let (Some(path), Some(fields)) = (&spec.service_token_file, config.as_object_mut()) {
         fields.insert("serviceTokensFile".to_owned(), absolute(base, path));
     }
+    if let Some(rooms) = gateway_rooms(spec) {
+        config["rooms"] = rooms;
+    }
     config
+}
+
+/// How a gateway serves live rooms. Left out where the program's default is meant: a template that changes replaces members.
+pub(crate) fn gateway_rooms(spec: &ImClusterSpec) -> Option<Value> {
+    let rooms = &spec.gateway.rooms;
+    (*rooms != Default::default()).then(|| {
+        json!({
+            "coalesceMs": rooms.coalesce.duration().as_millis().clamp(1, 25) as u64,
+            "flushIntervalMs": rooms.flush_interval.duration().as_millis().clamp(100, 60_000) as u64,
+        })
+    })
+}
+
+/// How a business member serves live rooms; see [`gateway_rooms`].
+pub(crate) fn business_rooms(spec: &ImClusterSpec) -> Option<Value> {
+    let (rooms, interval) = (&spec.messages.rooms, spec.gateway.rooms.flush_interval);
+    let is_default = *rooms == Default::default() && spec.gateway.rooms == Default::default();
+    (!is_default).then(|| {
+        json!({
+            "history": rooms.history.min(50),
+            "statsIntervalMs": interval.duration().as_millis().clamp(100, 60_000) as u64,
+        })
+    })
 }
 
 /// What a gateway holds its clients to, as its configuration says it.
@@ -361,7 +387,7 @@ fn business_config(
             }
         },
     };
-    Ok(json!({
+    let mut config = json!({
         "name": name,
         "cluster": ClusterKey::of(cluster).0,
         "control": [control],
@@ -373,7 +399,11 @@ fn business_config(
         "dedupWindowSeconds": cluster.spec.messages.dedup_window.duration().as_secs(),
         "payloadMax": cluster.spec.messages.max_payload,
         "terminationGraceSeconds": STOP_GRACE.as_secs(),
-    }))
+    });
+    if let Some(rooms) = business_rooms(&cluster.spec) {
+        config["rooms"] = rooms;
+    }
+    Ok(config)
 }
 
 /// What `im-business store --config` reads.

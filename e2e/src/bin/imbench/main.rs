@@ -5,6 +5,7 @@
 //! | [`appends`] | durable appends at a business member's Link, against one process that writes the same rows |
 //! | [`traffic`] | 1:1 messages end to end, idle connections, logins: beside mosquitto and a bare group commit |
 //! | [`moves`] | how long a conversation waits when its shard moves under load |
+//! | [`rooms`] | live rooms: fan-out, likes, memory per viewer: beside mosquitto, nats-server and a bare loop |
 //! | [`bare`] | the bare loops: rows into SQLite, rows into PostgreSQL, a group commit behind a socket |
 //! | [`system`] | the processes under test, their CPU time and memory |
 
@@ -14,6 +15,7 @@ mod moves;
 #[allow(dead_code)] // The store's tests use all of it.
 #[path = "../../../../business/tests/support/postgres.rs"]
 mod postgres;
+mod rooms;
 mod system;
 mod traffic;
 
@@ -63,6 +65,10 @@ enum Part {
     Idle,
     /// Logins.
     Connects,
+    /// Live rooms.
+    Rooms,
+    /// What viewers cost.
+    Viewers,
 }
 
 /// What a ratio has to be.
@@ -198,6 +204,12 @@ async fn run(arguments: &Arguments) -> Outcome {
     }
     if wants(Part::Connects) {
         traffic::connects(&bench, &mut table).await?;
+    }
+    if wants(Part::Rooms) {
+        rooms::rooms(&bench, &mut table).await?;
+    }
+    if wants(Part::Viewers) {
+        rooms::memory(&bench, &mut table, arguments.connections).await?;
     }
     if let Some(folder) = arguments.json.parent() {
         std::fs::create_dir_all(folder)?;

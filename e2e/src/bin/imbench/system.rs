@@ -150,10 +150,15 @@ pub struct Cluster {
 impl Cluster {
     /// Starts one with so many business members and waits until it is ready.
     pub async fn start(bench: &Bench, name: &str, business: u32) -> Outcome<Self> {
+        Self::start_with(bench, name, business, "").await
+    }
+
+    /// The same with a line more of `spec.gateway`.
+    pub async fn start_with(bench: &Bench, name: &str, business: u32, gateway: &str) -> Outcome<Self> {
         let folder = bench.folder(name)?;
         let [mqtt, web_socket, http] = free_addresses()?;
         let (file, data) = (folder.join("cluster.yaml"), folder.join("data"));
-        fs::write(&file, yaml([mqtt, web_socket, http], business))?;
+        fs::write(&file, yaml([mqtt, web_socket, http], business, gateway))?;
         let arguments = ["up", &file.to_string_lossy(), "--data-dir", &data.to_string_lossy(), "--console", "off"];
         let supervisor = bench.start("imcluster", &arguments, &folder)?;
         let cluster = Self { mqtt, web_socket, http, folder, supervisor };
@@ -164,7 +169,7 @@ impl Cluster {
     /// Another number of business members, as a user would ask for it.
     pub fn scale_business(&self, business: u32) -> Outcome {
         let new = self.folder.join("cluster.yaml.new");
-        fs::write(&new, yaml([self.mqtt, self.web_socket, self.http], business))?;
+        fs::write(&new, yaml([self.mqtt, self.web_socket, self.http], business, ""))?;
         Ok(fs::rename(new, self.folder.join("cluster.yaml"))?)
     }
 
@@ -178,6 +183,11 @@ impl Cluster {
             (enough && api.get("/readyz").await.is_ok()).then_some(())
         })
         .await
+    }
+
+    /// Where its HTTP API listens.
+    pub fn http(&self) -> SocketAddr {
+        self.http
     }
 
     /// Where its members keep their data.
@@ -237,7 +247,7 @@ impl Cluster {
     }
 }
 
-fn yaml([mqtt, web_socket, http]: [SocketAddr; 3], business: u32) -> String {
+fn yaml([mqtt, web_socket, http]: [SocketAddr; 3], business: u32, gateway: &str) -> String {
     format!(
         "apiVersion: imcluster.dev/v1alpha1
 kind: ImCluster
@@ -253,6 +263,7 @@ spec:
   gateway:
     replicas: 1
     limits: {{connectRate: 100000, maxHandshakes: 10000, messageRate: 100000}}
+    {gateway}
   business:
     shards: 64
     replicas: {business}
@@ -314,7 +325,16 @@ pub fn recorded_transactions(log: &Path) -> Outcome<Vec<usize>> {
 
 /// User and system time that a process used.
 pub fn cpu_seconds(pid: u32) -> f64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    cpu_seconds_in(&format!("/proc/{pid}/stat"))
+}
+
+/// User and system time that this thread used.
+pub fn thread_cpu_seconds() -> f64 {
+    cpu_seconds_in("/proc/thread-self/stat")
+}
+
+fn cpu_seconds_in(path: &str) -> f64 {
+    let stat = fs::read_to_string(path).unwrap_or_default();
     let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
     // Fields 14 and 15, in hundredths of a second on Linux.
     let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();

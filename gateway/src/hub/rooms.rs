@@ -1,0 +1,627 @@
+//! Live rooms: fan-out at the speed of the wire, and counting.
+//!
+//! What comes from the owner is encoded once and joined into batches: at once when the room was quiet, else at most one batch within
+//! `coalesce`. A batch costs each viewer one lock and one `write`, made by the room's own task; the connection's task is woken only for
+//! what the socket did not take. The task pauses after some viewers, so that a room of many holds up no other.
+//!
+//! Messages in hand are bounded by the owner, which is told when they have gone out ([`RoomTook`]): a publisher that is faster than the
+//! wire is refused there.
+//!
+//! Viewers, likes and gifts are counted here and sent once per interval, per shard one request under a number, and again under the same
+//! number until it is answered: the owner takes it once.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use im_proto::ids::{MemberId, room_key, shard_of};
+use im_proto::link::reply::Outcome;
+use im_proto::link::{
+    Body, ClientFrame, Count, Done, Refusal, Refused, RoomCount, RoomCounts, RoomJoin, RoomJoined, RoomKick, RoomLeave,
+    RoomMessage, RoomStats, RoomTook, body, client_frame,
+};
+use parking_lot::Mutex;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+
+use super::{Connection, Hub, Token};
+use crate::session::{Answer, Batch, Counter, OpenBatch, RoomPart, Sent};
+
+/// Viewers served before others have their turn.
+const VIEWERS_PER_TURN: usize = 64;
+/// Bytes of one room that wait for its next batch. The owner keeps to less.
+const PENDING_BYTES_MAX: usize = 1 << 20;
+/// What a message counts besides its payload when the owner is told that it went out.
+const MESSAGE_OVERHEAD_BYTES: u64 = 64;
+/// Different counters of a room in one interval.
+const COUNTERS_MAX: usize = 64;
+/// Likes and gifts of one room that wait for their acknowledgement.
+const COUNT_WAITERS_MAX: usize = 65_536;
+/// Rooms of one request.
+const ROOMS_PER_COUNTS: usize = 4_096;
+
+/// How rooms are served.
+#[derive(Debug, Clone, Copy)]
+pub struct RoomsConfig {
+    /// Least time between two batches of a room.
+    pub coalesce: Duration,
+    /// Between two sendings of what was counted.
+    pub flush_interval: Duration,
+}
+
+impl Default for RoomsConfig {
+    fn default() -> Self {
+        Self { coalesce: Duration::from_millis(5), flush_interval: Duration::from_secs(1) }
+    }
+}
+
+/// The live rooms of one process.
+#[derive(Debug, Default)]
+pub(super) struct Rooms {
+    config: RoomsConfig,
+    rooms: Mutex<HashMap<Arc<str>, Arc<Room>>>,
+    counting: Mutex<Counting>,
+}
+
+/// What was counted and is not known to be stored.
+#[derive(Debug, Default)]
+struct Counting {
+    last_number: u64,
+    by_shard: HashMap<u32, Unstored>,
+}
+
+#[derive(Debug)]
+struct Unstored {
+    counts: RoomCounts,
+    waiters: Vec<(Arc<Connection>, u32)>,
+    /// It is with the router; otherwise it was refused for now.
+    is_asked: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Room {
+    name: Arc<str>,
+    shard: u32,
+    state: Mutex<RoomState>,
+}
+
+/// Somebody in a room.
+#[derive(Debug)]
+struct Viewer {
+    connection: Arc<Connection>,
+    /// The number of batches taken when he entered: he gets later ones.
+    since: u64,
+}
+
+#[derive(Debug, Default)]
+struct RoomState {
+    /// By the connection's slot.
+    viewers: BTreeMap<u32, Viewer>,
+    watchers: BTreeMap<u32, Viewer>,
+    joined: bool,
+    joining: bool,
+    waiting: Vec<(Arc<Connection>, RoomPart, u32)>,
+
+    /// The next batch, its messages (if there is a history), and for whom it counts how much.
+    open: OpenBatch,
+    open_messages: Vec<RoomMessage>,
+    in_hand: Option<(MemberId, u64)>,
+    batches: u64,
+    /// A task sends batches.
+    is_sending: bool,
+
+    history_max: usize,
+    history: VecDeque<RoomMessage>,
+    /// `history`, encoded.
+    welcome: Option<Arc<Batch>>,
+    stats: Option<Arc<Batch>>,
+    stats_waits: bool,
+    /// Who is kept out, until when (Unix milliseconds).
+    kicked: HashMap<String, i64>,
+
+    counts: BTreeMap<Counter, u64>,
+    count_waiters: Vec<(Arc<Connection>, u32)>,
+    viewers_told: u32,
+}
+
+/// What becomes of somebody who enters.
+pub(super) enum Entering {
+    /// The owner is asked; he hears later.
+    Waits,
+    /// He is in, and gets this first.
+    In(Option<Arc<Batch>>),
+    /// He was put out of the room.
+    KeptOut,
+}
+
+/// One round of sending.
+struct Round {
+    batch: Option<Batch>,
+    stats: Option<Arc<Batch>>,
+    number: u64,
+    in_hand: Option<(MemberId, u64)>,
+}
+
+impl Rooms {
+    pub(super) fn new(config: RoomsConfig) -> Self {
+        Self { config, ..Self::default() }
+    }
+
+    fn get(&self, name: &str) -> Option<Arc<Room>> {
+        self.rooms.lock().get(name).cloned()
+    }
+}
+
+impl RoomState {
+    fn part(&mut self, part: RoomPart) -> &mut BTreeMap<u32, Viewer> {
+        match part {
+            RoomPart::Messages => &mut self.viewers,
+            RoomPart::Stats => &mut self.watchers,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.viewers.is_empty() && self.watchers.is_empty()
+    }
+
+    fn is_kept_out(&mut self, user: &str) -> bool {
+        match self.kicked.get(user) {
+            None => false,
+            Some(until_ms) if *until_ms > wall_ms() => true,
+            Some(_) => {
+                self.kicked.remove(user);
+                false
+            }
+        }
+    }
+
+    /// What somebody who is in now gets first.
+    fn welcome(&mut self, part: RoomPart) -> Option<Arc<Batch>> {
+        match part {
+            RoomPart::Stats => self.stats.clone(),
+            RoomPart::Messages if self.history.is_empty() => None,
+            RoomPart::Messages => {
+                let history = &self.history;
+                let encode = || {
+                    let mut open = OpenBatch::default();
+                    history.iter().for_each(|message| open.push(message));
+                    Arc::new(open.seal())
+                };
+                Some(self.welcome.get_or_insert_with(encode).clone())
+            }
+        }
+    }
+
+    /// What is to be sent now; with nothing, the task ends.
+    fn next_round(&mut self) -> Option<Round> {
+        let stats = if std::mem::take(&mut self.stats_waits) { self.stats.clone() } else { None };
+        if self.open.is_empty() && stats.is_none() {
+            self.is_sending = false;
+            return None;
+        }
+        let batch = (!self.open.is_empty()).then(|| std::mem::take(&mut self.open).seal());
+        if !self.open_messages.is_empty() {
+            self.history.extend(self.open_messages.drain(..));
+            let surplus = self.history.len().saturating_sub(self.history_max);
+            self.history.drain(..surplus);
+            self.welcome = None;
+        }
+        let number = self.batches;
+        self.batches += 1;
+        Some(Round { batch, stats, number, in_hand: self.in_hand.take() })
+    }
+
+    /// The next viewers of a round, from this slot on. Says where to go on.
+    fn some_viewers(&mut self, part: RoomPart, from: u32, round: u64, into: &mut Vec<Arc<Connection>>) -> Option<u32> {
+        let viewers = self.part(part);
+        let mut turn = viewers.range(from..);
+        for (slot, viewer) in turn.by_ref() {
+            // Who entered after the batch was taken has it from the history, if at all.
+            if viewer.since <= round {
+                into.push(viewer.connection.clone());
+            }
+            if into.len() == VIEWERS_PER_TURN {
+                return slot.checked_add(1);
+            }
+        }
+        None
+    }
+}
+
+fn wall_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
+
+fn done() -> Answer {
+    Answer::Outcome(Outcome::Done(Done {}))
+}
+
+/// The answer to somebody who was put out of the room.
+pub(super) fn kept_out() -> Answer {
+    let reason = "put out of this room".to_owned();
+    Answer::Outcome(Outcome::Refused(Refused { code: Refusal::Sanctioned.into(), reason }))
+}
+
+fn stats_batch(stats: &RoomStats) -> Arc<Batch> {
+    let likes = stats.totals.iter().find(|total| total.name == "like").map_or(0, |total| total.count);
+    let gift = |total: &Count| Some((total.name.strip_prefix("gift/")?.to_owned(), total.count.into()));
+    let gifts: serde_json::Map<String, serde_json::Value> = stats.totals.iter().filter_map(gift).collect();
+    let payload = serde_json::json!({ "viewers": stats.viewers, "likes": likes, "gifts": gifts }).to_string().into();
+    let mut open = OpenBatch::default();
+    open.push_below(&stats.room, "stats", &payload);
+    Arc::new(open.seal())
+}
+
+impl Hub {
+    // ---- entering and leaving -----------------------------------------------------------------------------------------
+
+    pub(super) fn enter_room(
+        &self,
+        name: &Arc<str>,
+        part: RoomPart,
+        connection: &Arc<Connection>,
+        user: &str,
+        ticket: u32,
+    ) -> (Arc<str>, Entering) {
+        let mut rooms = self.rooms.rooms.lock();
+        let room = self.room(&mut rooms, name);
+        let mut state = room.state.lock();
+        if state.is_kept_out(user) {
+            return (room.name.clone(), Entering::KeptOut);
+        }
+        let viewer = Viewer { connection: connection.clone(), since: state.batches };
+        state.part(part).insert(connection.slot(), viewer);
+        if state.joined {
+            return (room.name.clone(), Entering::In(state.welcome(part)));
+        }
+        state.waiting.push((connection.clone(), part, ticket));
+        if !std::mem::replace(&mut state.joining, true) {
+            self.request_join(&room, &mut state);
+        }
+        (room.name.clone(), Entering::Waits)
+    }
+
+    fn room(&self, rooms: &mut HashMap<Arc<str>, Arc<Room>>, name: &Arc<str>) -> Arc<Room> {
+        let make = || {
+            let shard = shard_of(&room_key(name), self.shards());
+            Arc::new(Room { name: name.clone(), shard, state: Mutex::default() })
+        };
+        rooms.entry(name.clone()).or_insert_with(make).clone()
+    }
+
+    fn request_join(&self, room: &Room, state: &mut RoomState) {
+        let viewers = state.viewers.len() as u32;
+        state.viewers_told = viewers;
+        let body = Body { body: Some(body::Body::RoomJoin(RoomJoin { room: room.name.to_string(), viewers })) };
+        let mut routing = self.routing.lock();
+        if routing.router.request(room.shard, 0, &body, Token::RoomJoined(room.name.clone())).is_err() {
+            // Asked again by the next viewer; who waits now hears nothing and ends after 10 s.
+            state.joining = false;
+        }
+        self.send_out(&mut routing);
+    }
+
+    pub(super) fn room_joined(self: &Arc<Self>, name: &Arc<str>, answer: &Answer) {
+        let (joined, refused) = match answer {
+            Answer::Outcome(Outcome::RoomJoined(joined)) => (joined.clone(), None),
+            Answer::Outcome(Outcome::Refused(refused)) => (RoomJoined::default(), Some(refused.clone())),
+            _ => (RoomJoined::default(), None),
+        };
+        let Some(room) = self.rooms.get(name) else { return };
+        let waiting = {
+            let mut state = room.state.lock();
+            state.joining = false;
+            // The answer may be to a join that was followed by a leave.
+            if refused.is_none() && !state.is_empty() {
+                let was_joined = std::mem::replace(&mut state.joined, true);
+                state.history_max = joined.history_max as usize;
+                state.kicked = joined.kicked.into_iter().map(|kick| (kick.user, kick.until_ms)).collect();
+                if !was_joined {
+                    state.history = joined.history.into();
+                    state.welcome = None;
+                }
+                if let Some(stats) = &joined.stats {
+                    state.stats = Some(stats_batch(stats));
+                }
+            }
+            let waiting = std::mem::take(&mut state.waiting);
+            waiting.into_iter().map(|(viewer, part, ticket)| (viewer, ticket, state.welcome(part))).collect::<Vec<_>>()
+        };
+        for (connection, ticket, welcome) in waiting {
+            self.with(&connection, |session, now_ms, effects| {
+                let answer = match &refused {
+                    Some(refused) => Answer::Outcome(Outcome::Refused(refused.clone())),
+                    None if room.state.lock().is_kept_out(session.user()) => kept_out(),
+                    None => done(),
+                };
+                let is_in = matches!(answer, Answer::Outcome(Outcome::Done(_)));
+                session.on_answer(now_ms, ticket, answer, effects);
+                if let Some(welcome) = welcome.filter(|_| is_in) {
+                    session.on_room_batch(&welcome, |_| 0);
+                }
+            });
+        }
+    }
+
+    pub(super) fn leave_room(&self, name: &str, part: RoomPart, connection: &Arc<Connection>) {
+        let mut rooms = self.rooms.rooms.lock();
+        let Some(room) = rooms.get(name).cloned() else { return };
+        let mut state = room.state.lock();
+        let slot = connection.slot();
+        if state.part(part).get(&slot).is_some_and(|viewer| Arc::ptr_eq(&viewer.connection, connection)) {
+            state.part(part).remove(&slot);
+        }
+        if state.joining {
+            state.waiting.retain(|(viewer, waits_for, _)| !(Arc::ptr_eq(viewer, connection) && *waits_for == part));
+        }
+        if !state.is_empty() {
+            return;
+        }
+        if state.joined || state.joining {
+            (state.joined, state.joining) = (false, false);
+            state.history.clear();
+            (state.welcome, state.stats) = (None, None);
+            let body = Body { body: Some(body::Body::RoomLeave(RoomLeave { room: name.to_owned() })) };
+            let mut routing = self.routing.lock();
+            // An owner that never hears of it stops when the link ends.
+            let _ = routing.router.request(room.shard, 0, &body, Token::Nobody);
+            self.send_out(&mut routing);
+        }
+        // What was counted in it still has to be sent.
+        if state.counts.is_empty() {
+            rooms.remove(name);
+        }
+    }
+
+    /// A shard has a new owner or a new link: it is told which rooms this gateway is in.
+    pub(super) fn announce_rooms(&self, shard: u32) {
+        for room in self.rooms.rooms.lock().values().filter(|room| room.shard == shard) {
+            let mut state = room.state.lock();
+            if !state.is_empty() {
+                state.joining = true;
+                self.request_join(room, &mut state);
+            }
+        }
+    }
+
+    // ---- fan-out ------------------------------------------------------------------------------------------------------
+
+    /// A message from the owner, for the next batch.
+    pub(super) fn on_room_message(self: &Arc<Self>, owner: &MemberId, message: RoomMessage) {
+        let Some(room) = self.rooms.get(&message.room) else { return };
+        let mut state = room.state.lock();
+        let bytes = message.payload.len() as u64 + MESSAGE_OVERHEAD_BYTES;
+        match &mut state.in_hand {
+            Some((from, in_hand)) if from == owner => *in_hand += bytes,
+            in_hand => *in_hand = Some((owner.clone(), bytes)),
+        }
+        if state.open.bytes() >= PENDING_BYTES_MAX {
+            self.shared.metrics.room_dropped.inc_by(state.viewers.len() as u64);
+        } else {
+            state.open.push(&message);
+            if state.history_max > 0 {
+                state.open_messages.push(message);
+            }
+        }
+        self.start_sending(&room, &mut state);
+    }
+
+    /// Statistics of a room.
+    pub(super) fn on_room_stats(self: &Arc<Self>, stats: &RoomStats) {
+        let Some(room) = self.rooms.get(&stats.room) else { return };
+        let mut state = room.state.lock();
+        state.stats = Some(stats_batch(stats));
+        if !state.watchers.is_empty() {
+            state.stats_waits = true;
+            self.start_sending(&room, &mut state);
+        }
+    }
+
+    fn start_sending(self: &Arc<Self>, room: &Arc<Room>, state: &mut RoomState) {
+        if !std::mem::replace(&mut state.is_sending, true) {
+            tokio::spawn(self.clone().send_batches(room.clone()));
+        }
+    }
+
+    /// Sends a room's batches until there are none for the time of one.
+    async fn send_batches(self: Arc<Self>, room: Arc<Room>) {
+        loop {
+            let began = Instant::now();
+            let Some(round) = room.state.lock().next_round() else { return };
+            let mut sent = Sent::default();
+            if let Some(batch) = &round.batch {
+                self.send_to_all(&room, RoomPart::Messages, round.number, batch, &mut sent).await;
+            }
+            if let Some(stats) = &round.stats {
+                self.send_to_all(&room, RoomPart::Stats, round.number, stats, &mut sent).await;
+            }
+            self.shared.metrics.delivered.inc_by(sent.delivered);
+            self.shared.metrics.room_dropped.inc_by(sent.lost);
+            if let (Some((owner, bytes)), Some(pool)) = (round.in_hand, self.pool.get()) {
+                let took = RoomTook { room: room.name.to_string(), bytes };
+                pool.send(&owner, [ClientFrame { frame: Some(client_frame::Frame::RoomTook(took)) }]);
+            }
+            sleep_until(began + self.rooms.config.coalesce).await;
+        }
+    }
+
+    async fn send_to_all(&self, room: &Room, part: RoomPart, round: u64, batch: &Batch, sent: &mut Sent) {
+        let mut turn = Vec::with_capacity(VIEWERS_PER_TURN);
+        let mut next = Some(0);
+        while let Some(from) = next {
+            next = room.state.lock().some_viewers(part, from, round, &mut turn);
+            for connection in turn.drain(..) {
+                let one = connection.send_batch(batch);
+                sent.delivered += one.delivered;
+                sent.lost += one.lost;
+            }
+            if next.is_some() {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    // ---- moderation ---------------------------------------------------------------------------------------------------
+
+    /// The owner keeps somebody out, or lets him in again.
+    pub(super) fn on_room_kick(self: &Arc<Self>, kick: &RoomKick) {
+        let Some(room) = self.rooms.get(&kick.room) else { return };
+        if kick.until_ms <= wall_ms() {
+            room.state.lock().kicked.remove(&kick.user);
+            return;
+        }
+        room.state.lock().kicked.insert(kick.user.clone(), kick.until_ms);
+        for connection in self.connections_of(&kick.user) {
+            self.with(&connection, |session, _, effects| session.on_room_kick(&kick.room, effects));
+        }
+    }
+
+    // ---- counting -----------------------------------------------------------------------------------------------------
+
+    /// Counts something in a room. Answered under the ticket once it is stored; the answer is returned if it is known at once.
+    pub(super) fn count_in_room(
+        &self,
+        name: &Arc<str>,
+        counter: Counter,
+        count: u64,
+        waiter: Option<(&Arc<Connection>, u32)>,
+    ) -> Option<(u32, Answer)> {
+        let mut rooms = self.rooms.rooms.lock();
+        let room = self.room(&mut rooms, name);
+        let mut state = room.state.lock();
+        drop(rooms);
+        let has_space = state.counts.len() < COUNTERS_MAX || state.counts.contains_key(&counter);
+        if !has_space || state.count_waiters.len() >= COUNT_WAITERS_MAX {
+            self.shared.metrics.room_counts_refused.inc();
+            return waiter.map(|(_, ticket)| (ticket, Answer::Full));
+        }
+        *state.counts.entry(counter).or_default() += count;
+        state.count_waiters.extend(waiter.map(|(connection, ticket)| (connection.clone(), ticket)));
+        None
+    }
+
+    /// Sends what was counted, once per interval; runs for ever.
+    pub async fn keep_counting(self: Arc<Self>) {
+        let mut ticks = interval(self.rooms.config.flush_interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.send_counts();
+        }
+    }
+
+    /// Sends what was counted.
+    pub fn send_counts(&self) {
+        let mut counting = self.rooms.counting.lock();
+        self.collect_counts(&mut counting);
+        let mut routing = self.routing.lock();
+        for (shard, unstored) in counting.by_shard.iter_mut().filter(|(_, unstored)| !unstored.is_asked) {
+            let body = Body { body: Some(body::Body::RoomCounts(unstored.counts.clone())) };
+            // Without space in the queue it is tried again at the next interval.
+            unstored.is_asked = routing.router.request(*shard, 0, &body, Token::RoomCounts(*shard)).is_ok();
+        }
+        self.send_out(&mut routing);
+    }
+
+    /// Takes what the rooms counted, of shards whose last counts are stored.
+    fn collect_counts(&self, counting: &mut Counting) {
+        let Counting { last_number, by_shard } = counting;
+        let mut fresh: HashMap<u32, Unstored> = HashMap::new();
+        self.rooms.rooms.lock().retain(|name, room| {
+            let mut state = room.state.lock();
+            let viewers = state.viewers.len() as u32;
+            let is_told = state.counts.is_empty() && (viewers == state.viewers_told || !state.joined);
+            if is_told || by_shard.contains_key(&room.shard) {
+                return !(state.is_empty() && state.counts.is_empty());
+            }
+            let unstored = fresh.entry(room.shard).or_insert_with(|| {
+                *last_number += 1;
+                let counts = RoomCounts { number: *last_number, rooms: Vec::new() };
+                Unstored { counts, waiters: Vec::new(), is_asked: false }
+            });
+            if unstored.counts.rooms.len() >= ROOMS_PER_COUNTS {
+                return true;
+            }
+            state.viewers_told = viewers;
+            let counted = std::mem::take(&mut state.counts);
+            let counted = counted.into_iter().map(|(counter, count)| Count { name: counter.name(), count });
+            let counted = counted.collect();
+            unstored.counts.rooms.push(RoomCount { room: name.to_string(), viewers, counted });
+            unstored.waiters.append(&mut state.count_waiters);
+            !state.is_empty()
+        });
+        by_shard.extend(fresh);
+    }
+
+    /// The owner answered counts of a shard.
+    pub(super) fn counts_answered(self: &Arc<Self>, shard: u32, answer: &Answer) {
+        let refused = match answer {
+            Answer::Outcome(Outcome::Refused(refused)) => Some(refused.clone()),
+            _ => None,
+        };
+        let is_for_now = |code| matches!(code, Refusal::Busy | Refusal::StoreUnavailable);
+        let mut counting = self.rooms.counting.lock();
+        if refused.as_ref().is_some_and(|refused| is_for_now(refused.code())) {
+            if let Some(unstored) = counting.by_shard.get_mut(&shard) {
+                unstored.is_asked = false;
+            }
+            return;
+        }
+        let Some(unstored) = counting.by_shard.remove(&shard) else { return };
+        drop(counting);
+        if let Some(refused) = &refused {
+            tracing::error!(shard, reason = refused.reason, "counts of rooms are refused for good");
+            self.shared.metrics.room_counts_refused.inc();
+        }
+        for (connection, ticket) in unstored.waiters {
+            let answer = match &refused {
+                Some(refused) => Answer::Outcome(Outcome::Refused(refused.clone())),
+                None => done(),
+            };
+            self.with(&connection, |session, now_ms, effects| session.on_answer(now_ms, ticket, answer, effects));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(number: u64) -> RoomMessage {
+        RoomMessage { room: "stage".into(), number, payload: "la".into(), ..RoomMessage::default() }
+    }
+
+    #[test]
+    fn what_came_since_the_last_round_goes_together_and_into_the_history() {
+        let mut state = RoomState { history_max: 2, ..RoomState::default() };
+        for number in 1..=3 {
+            state.open.push(&message(number));
+            state.open_messages.push(message(number));
+        }
+        assert!(state.welcome(RoomPart::Messages).is_none(), "what is still to be sent is no history");
+        let round = state.next_round().expect("three messages");
+        assert_eq!((round.number, round.batch.map(|batch| batch.len())), (0, Some(3)));
+        assert_eq!(state.welcome(RoomPart::Messages).map(|batch| batch.len()), Some(2));
+        state.is_sending = true;
+        assert!(state.next_round().is_none());
+        assert!(!state.is_sending, "the task ends when there is nothing");
+        assert_eq!(state.batches, 1);
+    }
+
+    #[test]
+    fn statistics_go_out_once() {
+        let mut state = RoomState { stats_waits: true, stats: Some(Arc::default()), ..RoomState::default() };
+        let round = state.next_round().expect("statistics");
+        assert!(round.batch.is_none() && round.stats.is_some());
+        assert!(state.next_round().is_none());
+    }
+
+    #[test]
+    fn sanctions_end() {
+        let mut state = RoomState::default();
+        state.kicked.insert("eve".into(), wall_ms() + 60_000);
+        state.kicked.insert("bob".into(), wall_ms() - 1);
+        assert!(state.is_kept_out("eve"));
+        assert!(!state.is_kept_out("bob") && !state.is_kept_out("ann"));
+        assert_eq!(state.kicked.len(), 1, "what is over is forgotten");
+    }
+}

@@ -1,0 +1,268 @@
+//! A session's part in live rooms: what it is sent of them, and what it counts in them.
+//!
+//! A room's messages are encoded once for all its viewers and joined into batches; a session takes a batch whole or, when its client does
+//! not keep up, loses it. Room messages have QoS 0 and no part in the inbox's window.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use im_proto::link::RoomMessage;
+use im_proto::topic::SYSTEM_SENDER;
+
+use super::{Digits, Effects, Phase, RoomEffect, Session};
+use crate::mqtt::{Delivery, OutBuffer, Reason, Version};
+
+/// What one PUBLISH may count at most.
+const COUNT_MAX: u64 = 1_000;
+
+/// What of a room a session is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RoomPart {
+    /// `r/{room}`: its messages; makes the connection a viewer.
+    Messages,
+    /// `r/{room}/stats`.
+    Stats,
+}
+
+/// A subscription of a session.
+#[derive(Debug)]
+pub(super) struct EnteredRoom {
+    pub(super) room: Arc<str>,
+    pub(super) part: RoomPart,
+}
+
+/// What is counted in a room.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Counter {
+    /// `r/{room}/like`.
+    Like,
+    /// `r/{room}/gift/{gift}`.
+    Gift(Box<str>),
+}
+
+impl Counter {
+    /// Its name at the owner.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Like => "like".to_owned(),
+            Self::Gift(gift) => format!("gift/{gift}"),
+        }
+    }
+}
+
+/// Packets of one version, one behind the other.
+#[derive(Debug, Default)]
+struct Packets {
+    bytes: Bytes,
+    ends: Vec<u32>,
+    largest: usize,
+}
+
+/// Messages of a room that go out together, for both versions.
+#[derive(Debug, Default)]
+pub struct Batch {
+    v5: Packets,
+    v311: Packets,
+}
+
+impl Batch {
+    fn of(&self, version: Version) -> &Packets {
+        match version {
+            Version::V5 => &self.v5,
+            Version::V311 => &self.v311,
+        }
+    }
+
+    /// Messages in it.
+    pub fn len(&self) -> u64 {
+        self.v5.ends.len() as u64
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.v5.ends.is_empty()
+    }
+}
+
+/// A batch that still grows.
+#[derive(Debug, Default)]
+pub struct OpenBatch {
+    v5: OpenPackets,
+    v311: OpenPackets,
+}
+
+#[derive(Debug, Default)]
+struct OpenPackets {
+    out: OutBuffer,
+    ends: Vec<u32>,
+    largest: usize,
+}
+
+impl OpenPackets {
+    fn push(&mut self, delivery: &Delivery<'_>, version: Version) {
+        let before = self.out.len();
+        delivery.encode(&mut self.out, version);
+        self.largest = self.largest.max(self.out.len() - before);
+        self.ends.push(self.out.len() as u32);
+    }
+
+    fn seal(mut self) -> Packets {
+        Packets { bytes: self.out.take_bytes(), ends: self.ends, largest: self.largest }
+    }
+}
+
+impl OpenBatch {
+    /// Appends a message of a room.
+    pub fn push(&mut self, message: &RoomMessage) {
+        let number = Digits::new(message.number);
+        let properties = [("from", message.sender.as_str()), ("n", number.as_str())];
+        self.push_delivery(&Delivery {
+            topic: &["r", &message.room],
+            packet_id: 0,
+            user_properties: &properties,
+            payload: &message.payload,
+        });
+    }
+
+    /// Appends a message on a topic under the room's.
+    pub fn push_below(&mut self, room: &str, below: &str, payload: &Bytes) {
+        self.push_delivery(&Delivery { topic: &["r", room, below], packet_id: 0, user_properties: &[], payload });
+    }
+
+    fn push_delivery(&mut self, delivery: &Delivery<'_>) {
+        self.v5.push(delivery, Version::V5);
+        self.v311.push(delivery, Version::V311);
+    }
+
+    /// Bytes of the larger encoding.
+    pub fn bytes(&self) -> usize {
+        self.v5.out.len()
+    }
+
+    /// Whether nothing is in it.
+    pub fn is_empty(&self) -> bool {
+        self.v5.ends.is_empty()
+    }
+
+    /// Ends it.
+    pub fn seal(self) -> Batch {
+        Batch { v5: self.v5.seal(), v311: self.v311.seal() }
+    }
+}
+
+/// What became of a batch in a session.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Messages written, or waiting to be.
+    pub delivered: u64,
+    /// Messages lost, because the client does not keep up or can't take their size.
+    pub lost: u64,
+    /// Something waits to be written and the connection's task does not know.
+    pub wakes: bool,
+}
+
+impl Session {
+    /// Sends a batch. `write` may put bytes on the socket at once and says how many it took; it is asked only when nothing waits before
+    /// them. A client that has too much waiting loses the batch.
+    pub fn on_room_batch(&mut self, batch: &Batch, write: impl FnOnce(&[u8]) -> usize) -> Sent {
+        let mut sent = Sent::default();
+        if self.phase != Phase::Live {
+            return sent;
+        }
+        let packets = batch.of(self.version);
+        let bytes = match self.packet_size_max {
+            Some(max) if packets.largest > max as usize => {
+                let (fitting, count) = fitting(packets, max as usize);
+                sent.lost = batch.len() - count;
+                fitting
+            }
+            _ => packets.bytes.clone(),
+        };
+        let count = batch.len() - sent.lost;
+        let is_idle = !self.has_output() && !self.is_writing;
+        if !is_idle && self.out.len() + bytes.len() > self.shared.limits.deliver_below() {
+            sent.lost = batch.len();
+            return sent;
+        }
+        sent.delivered = count;
+        let written = if is_idle && !bytes.is_empty() { write(&bytes).min(bytes.len()) } else { 0 };
+        if written < bytes.len() {
+            self.out.put(&bytes.slice(written..));
+            sent.wakes = is_idle;
+        }
+        sent
+    }
+
+    /// The room is told from the hub's own copy of its name, which all viewers share.
+    pub fn share_room_name(&mut self, name: &Arc<str>) {
+        for entered in self.rooms.iter_mut().filter(|entered| *entered.room == **name) {
+            entered.room = name.clone();
+        }
+    }
+
+    /// A moderator put the user out of the room.
+    pub fn on_room_kick(&mut self, room: &str, effects: &mut Effects) {
+        let before = self.rooms.len();
+        self.rooms.retain(|entered| {
+            let stays = *entered.room != *room;
+            if !stays {
+                effects.rooms.push(RoomEffect::Leave { room: entered.room.clone(), part: entered.part });
+            }
+            stays
+        });
+        if self.rooms.len() < before && self.phase == Phase::Live {
+            let payload = Bytes::from_static(br#"{"kicked":true}"#);
+            let properties = [("from", SYSTEM_SENDER)];
+            let delivery =
+                Delivery { topic: &["r", room], packet_id: 0, user_properties: &properties, payload: &payload };
+            delivery.encode(&mut self.out, self.version);
+        }
+    }
+
+    /// Counts in a room; a count that nobody waits for joins the one before it.
+    pub(super) fn count(
+        &mut self,
+        room: &str,
+        counter: Counter,
+        count: u64,
+        ticket: Option<u32>,
+        effects: &mut Effects,
+    ) {
+        if let Some(RoomEffect::Count { room: last, counter: same, count: sum, ticket: None }) =
+            effects.rooms.last_mut()
+            && ticket.is_none()
+            && **last == *room
+            && *same == counter
+        {
+            *sum += count;
+            return;
+        }
+        let shared = self.rooms.iter().find(|entered| *entered.room == *room).map(|entered| entered.room.clone());
+        effects.rooms.push(RoomEffect::Count { room: shared.unwrap_or_else(|| room.into()), counter, count, ticket });
+    }
+}
+
+/// The payload of a like or a gift: how many, one if it is empty.
+pub(super) fn count_of(payload: &[u8]) -> Result<u64, (Reason, &'static str)> {
+    if payload.is_empty() {
+        return Ok(1);
+    }
+    let count = std::str::from_utf8(payload).ok().and_then(|text| text.trim().parse().ok());
+    count.filter(|count| (1..=COUNT_MAX).contains(count)).ok_or((
+        Reason::PayloadFormatInvalid,
+        "the payload must be empty (it counts as one) or a decimal number from 1 to 1000",
+    ))
+}
+
+/// The packets that a client with this maximum takes, and how many they are.
+fn fitting(packets: &Packets, max: usize) -> (Bytes, u64) {
+    let (mut bytes, mut count, mut start) = (Vec::new(), 0, 0);
+    for end in packets.ends.iter().map(|end| *end as usize) {
+        if end - start <= max {
+            bytes.extend_from_slice(&packets.bytes[start..end]);
+            count += 1;
+        }
+        start = end;
+    }
+    (bytes.into(), count)
+}

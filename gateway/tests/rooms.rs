@@ -1,0 +1,198 @@
+//! Live rooms through a gateway with real sockets: joining, slow viewers, counting, moderation.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Client, FakeOwner, PLAIN, Received, eventually, gateway};
+use im_gateway::mqtt::Reason;
+use im_proto::link::{Count, RoomKick, RoomMessage, RoomStats, push};
+use mqtt_protocol_core::mqtt::packet::{Qos, v5_0};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+type Tcp = Client<TcpStream>;
+
+async fn enter(address: std::net::SocketAddr, user: &str, filter: &str) -> Tcp {
+    let mut client = Client::connect(TcpStream::connect(address).await.unwrap(), user, "tv").await;
+    assert_eq!(client.subscribe(filter).await, 0);
+    client
+}
+
+fn message(number: u64, size: usize) -> push::Push {
+    let payload = vec![b'x'; size].into();
+    push::Push::RoomMessage(RoomMessage {
+        room: "stage".into(),
+        sender: "star".into(),
+        device: "mic".into(),
+        payload,
+        number,
+    })
+}
+
+fn number(received: &Received) -> u64 {
+    let (_, after) = received.properties.split_once("\"n\"").or_else(|| received.properties.split_once("n")).unwrap();
+    after
+        .chars()
+        .skip_while(|c| !c.is_ascii_digit())
+        .take_while(char::is_ascii_digit)
+        .collect::<String>()
+        .parse()
+        .unwrap()
+}
+
+async fn like(client: &mut Tcp, packet_id: u16, topic: &str, payload: &[u8]) {
+    let publish = v5_0::Publish::builder().topic_name(topic).unwrap().payload(payload);
+    let publish = match packet_id {
+        0 => publish.qos(Qos::AtMostOnce).build(),
+        id => publish.qos(Qos::AtLeastOnce).packet_id(id).build(),
+    };
+    client.send(&publish.unwrap().to_continuous_buffer()).await;
+}
+
+fn total(owner: &FakeOwner, name: &str) -> u64 {
+    let counts = owner.counts();
+    let rooms = counts.iter().flat_map(|counts| &counts.rooms);
+    rooms.flat_map(|room| &room.counted).filter(|count| count.name == name).map(|count| count.count).sum()
+}
+
+#[tokio::test]
+async fn all_viewers_get_all_messages_in_order() {
+    let (running, owner) = gateway(PLAIN).await;
+    let mut viewers = Vec::new();
+    for index in 0..150 {
+        viewers.push(enter(running.mqtt.unwrap(), &format!("viewer{index}"), "r/stage").await);
+    }
+    for next in 1..=300 {
+        owner.push(message(next, 100));
+    }
+    for viewer in &mut viewers {
+        for next in 1..=300 {
+            let received = viewer.message().await;
+            assert_eq!((received.topic.as_str(), number(&received)), ("r/stage", next));
+        }
+    }
+    assert_eq!(running.gateway.hub.shared.metrics.room_dropped.get(), 0);
+    eventually("the owner hears that all went out", || owner.room_took() == 300 * 164).await;
+}
+
+#[tokio::test]
+async fn who_does_not_read_loses_room_messages_and_no_chat_and_holds_up_nobody() {
+    let config = PLAIN.replace("\"auth\"", r#""limits":{"sendBufferBytes":65536},"auth""#);
+    let (running, owner) = gateway(&config).await;
+    let address = running.mqtt.unwrap();
+    let mut slow = Client::connect(TcpStream::connect(address).await.unwrap(), "slow", "tv").await;
+    assert_eq!(slow.subscribe("inbox/#").await, 1);
+    assert_eq!(slow.subscribe("r/stage").await, 0);
+    let mut quick = enter(address, "quick", "r/stage").await;
+    let metrics = &running.gateway.hub.shared.metrics;
+    let mut last = 0;
+    // Until the kernel's buffers and the session's are full.
+    while metrics.room_dropped.get() < 50 {
+        last += 1;
+        assert!(last < 20_000, "what waits for a viewer is bounded");
+        owner.push(message(last, 16_000));
+        assert_eq!(number(&quick.message().await), last, "the other one gets each");
+    }
+    let mut friend = Client::connect(TcpStream::connect(address).await.unwrap(), "friend", "phone").await;
+    for id in 1..=20 {
+        assert_eq!(friend.publish(id, "u/slow", id.to_string().as_bytes()).await.0, 0);
+    }
+    let (mut chat, mut seen, mut jumps) = (0, 0, 0);
+    while chat < 20 {
+        let received = slow.message().await;
+        if received.topic == "r/stage" {
+            let next = number(&received);
+            assert!(next > seen, "what comes, comes in order");
+            jumps += u64::from(next > seen + 1);
+            seen = next;
+        } else {
+            chat += 1;
+            assert_eq!(received.payload, chat.to_string().into_bytes());
+        }
+    }
+    owner.push(message(last + 1, 10));
+    let after = loop {
+        let received = timeout(Duration::from_secs(10), slow.message()).await.unwrap();
+        let next = number(&received);
+        jumps += u64::from(next > seen + 1);
+        seen = next;
+        if next == last + 1 {
+            break next;
+        }
+    };
+    assert!(after > 0 && jumps > 0, "a loss shows as a jump of n");
+}
+
+#[tokio::test]
+async fn likes_are_merged_and_acknowledged_when_they_are_stored() {
+    let config = PLAIN.replace("\"auth\"", r#""rooms":{"flushIntervalMs":100},"auth""#);
+    let (running, owner) = gateway(&config).await;
+    let mut fan = enter(running.mqtt.unwrap(), "fan", "r/stage").await;
+    owner.refuse_counts(2);
+    for _ in 0..500 {
+        like(&mut fan, 0, "r/stage/like", b"").await;
+    }
+    like(&mut fan, 1, "r/stage/like", b"7").await;
+    like(&mut fan, 2, "r/stage/gift/rose", b"").await;
+    for id in [1, 2] {
+        let (first, body) = fan.receive().await.unwrap();
+        assert_eq!((first, &body[..2]), (0x40, &[0, id][..]));
+    }
+    assert_eq!((total(&owner, "like"), total(&owner, "gift/rose")), (507, 1));
+    let (counts, refused) = (owner.counts(), owner.refused_counts());
+    assert!(counts.len() <= 5, "five hundred likes are a few requests: {}", counts.len());
+    assert_eq!(refused.len(), 2, "refused for now, twice");
+    assert!(refused.iter().all(|counts| counts.number == refused[0].number && counts.rooms == refused[0].rooms));
+    assert_eq!(refused[0].number, counts[0].number, "the same number, so that it counts once");
+    assert_eq!(counts[0].rooms[0].viewers, 1);
+    assert_eq!(fan.publish(3, "r/stage/like", b"1001").await.0, Reason::PayloadFormatInvalid.code());
+}
+
+#[tokio::test]
+async fn statistics_reach_those_who_ask_for_them() {
+    let (running, owner) = gateway(PLAIN).await;
+    let mut watcher = enter(running.mqtt.unwrap(), "watcher", "r/stage/stats").await;
+    let totals = vec![Count { name: "like".into(), count: 9 }, Count { name: "gift/rose".into(), count: 2 }];
+    owner.push(push::Push::RoomStats(RoomStats { room: "stage".into(), viewers: 3, totals }));
+    let received = watcher.message().await;
+    assert_eq!(received.topic, "r/stage/stats");
+    let json: serde_json::Value = serde_json::from_slice(&received.payload).unwrap();
+    assert_eq!(json, serde_json::json!({ "viewers": 3, "likes": 9, "gifts": { "rose": 2 } }));
+    // Who comes later hears the last ones at once.
+    let mut late = enter(running.mqtt.unwrap(), "late", "r/stage/stats").await;
+    assert_eq!(late.message().await.payload, received.payload);
+}
+
+#[tokio::test]
+async fn late_comers_get_the_history_once() {
+    let (running, owner) = gateway(PLAIN).await;
+    owner.keep_history(2);
+    let mut first = enter(running.mqtt.unwrap(), "first", "r/stage").await;
+    for next in 1..=3 {
+        owner.push(message(next, 10));
+        assert_eq!(number(&first.message().await), next);
+    }
+    let mut late = enter(running.mqtt.unwrap(), "late", "r/stage").await;
+    owner.push(message(4, 10));
+    for next in 2..=4 {
+        assert_eq!(number(&late.message().await), next);
+    }
+}
+
+#[tokio::test]
+async fn who_is_kicked_leaves_and_stays_out() {
+    let (running, owner) = gateway(PLAIN).await;
+    let mut eve = enter(running.mqtt.unwrap(), "eve", "r/stage").await;
+    let mut bob = enter(running.mqtt.unwrap(), "bob", "r/stage").await;
+    owner.push(push::Push::RoomKick(RoomKick { room: "stage".into(), user: "eve".into(), until_ms: i64::MAX }));
+    assert_eq!(eve.message().await.payload, br#"{"kicked":true}"#);
+    owner.push(message(1, 10));
+    assert_eq!(number(&bob.message().await), 1);
+    assert_eq!(eve.subscribe("r/stage").await, Reason::NotAuthorized.code(), "and no message came before");
+    owner.push(push::Push::RoomKick(RoomKick { room: "stage".into(), user: "eve".into(), until_ms: 0 }));
+    owner.push(message(2, 10));
+    assert_eq!(number(&bob.message().await), 2);
+    assert_eq!(eve.subscribe("r/stage").await, 0);
+}
