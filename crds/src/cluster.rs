@@ -88,7 +88,7 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Paused", type_ = "boolean", json_path = ".spec.paused", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
     {
         "rule": "self.messages.maxPayload < self.gateway.limits.maxPacketSize",
@@ -198,7 +198,7 @@ pub enum Auth {
 
 /// Which tokens are accepted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "[has(self.jwksFile), has(self.jwksSecret), has(self.keysFile), has(self.keysSecret)].filter(present, present).size() == 1",
     "message": "set exactly one of: jwksFile, jwksSecret, keysFile, keysSecret"
@@ -230,7 +230,7 @@ pub struct JwtAuth {
 
 /// The listeners of each gateway. What is left out does not listen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [
     {
         "rule": "has(self.mqtt) || has(self.tls) || has(self.webSocket)",
@@ -277,7 +277,7 @@ fn default_http() -> Listener {
 
 /// One listening socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Listener {
     /// `IP:PORT`, an IPv6 address in brackets.
     #[schemars(
@@ -292,7 +292,7 @@ pub struct Listener {
 
 /// One listening socket with TLS.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "has(self.certFile) == has(self.keyFile) && has(self.certFile) != has(self.secretName)",
     "message": "set either certFile and keyFile, or secretName"
@@ -340,7 +340,7 @@ impl Default for Storage {
 
 /// How to reach PostgreSQL.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "[has(self.url), has(self.urlFile), has(self.urlSecret)].filter(present, present).size() == 1",
     "message": "set exactly one of: url, urlFile, urlSecret"
@@ -361,7 +361,7 @@ pub struct Postgres {
 
 /// The tier that holds client connections.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "!(has(self.replicas) && has(self.autoscaling))",
     "message": "replicas and autoscaling exclude each other: remove one of them"
@@ -403,7 +403,7 @@ impl Default for Gateway {
 
 /// What one gateway and one connection may use. Announced in CONNACK where MQTT has a word for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Limits {
     /// Connections of one gateway.
     #[schemars(range(min = 1, max = 1_000_000))]
@@ -453,7 +453,7 @@ impl Default for Limits {
 
 /// How gateways serve live rooms.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Rooms {
     /// Least time between two batches of a room's messages, from 1ms to 25ms; what comes after a longer silence goes out at once.
     pub coalesce: TimeSpan,
@@ -469,7 +469,7 @@ impl Default for Rooms {
 
 /// How connections leave a gateway that goes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Drain {
     /// Connections a second that are asked to go elsewhere, at most; the measured headroom of the others may ask for less.
     #[schemars(range(min = 1, max = 1_000_000))]
@@ -488,7 +488,7 @@ impl Default for Drain {
 
 /// The tier that owns shards.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = [
     {
         "rule": "!(has(self.replicas) && has(self.autoscaling))",
@@ -540,7 +540,7 @@ impl Default for Business {
 
 /// How shards follow the load from one business member to another.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Rebalance {
     /// Moves under way at the same time.
     #[schemars(range(min = 1, max = 16_384))]
@@ -563,7 +563,7 @@ impl Default for Rebalance {
 
 /// What holds for every message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Messages {
     /// How long the same message id of one sender's device stands for the same message.
     pub dedup_window: TimeSpan,
@@ -590,7 +590,7 @@ impl Default for Messages {
 
 /// What holds for the messages of live rooms.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct RoomMessages {
     /// Messages that late comers get. They are kept in memory only (at most 64 KiB a room) and go with the room's owner.
     #[schemars(range(min = 0, max = 50))]
@@ -599,7 +599,7 @@ pub struct RoomMessages {
 
 /// Bounds and rules by which a tier follows its load. Mirrors `spec` of a HorizontalPodAutoscaler (autoscaling/v2).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "self.minReplicas <= self.maxReplicas",
     "message": "minReplicas must not be above maxReplicas: lower minReplicas or raise maxReplicas"
@@ -665,7 +665,7 @@ pub enum MetricType {
 
 /// A [`Metric`] as it is written.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "has(self.builtIn) == (self.type == 'BuiltIn') && has(self.prometheus) == (self.type == 'Prometheus')",
     "message": "set just the field that type names: builtIn for type BuiltIn, prometheus for type Prometheus"
@@ -711,7 +711,7 @@ impl From<Metric> for WrittenMetric {
 
 /// A metric that every member of the tier exports, with its target.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "(self.name == 'CpuUtilization') == (self.target.type == 'Utilization')",
     "message": "CpuUtilization takes a target of type Utilization (percent), every other metric one of type AverageValue"
@@ -736,7 +736,7 @@ pub enum BuiltIn {
 
 /// Where a metric should be, for each member on average.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Target {
     /// What `value` means.
     #[serde(rename = "type")]
@@ -757,7 +757,7 @@ pub enum TargetType {
 
 /// What a query of one's own says, with its target.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "!self.perPod || self.target.type == 'AverageValue'",
     "message": "perPod takes a target of type AverageValue: Value is for one number of the whole tier"
@@ -776,7 +776,7 @@ pub struct PrometheusMetric {
 
 /// Where the result of a query should be.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct QueryTarget {
     /// What `value` means.
     #[serde(rename = "type")]
@@ -798,7 +798,7 @@ pub enum QueryTargetType {
 
 /// Where the autoscaler's metrics come from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Metrics {
     /// The Prometheus to ask. Left out: the one that the operator was started with, if any; else the members themselves
     /// are asked.
@@ -808,7 +808,7 @@ pub struct Metrics {
 
 /// How to reach Prometheus, or what speaks its HTTP API.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Prometheus {
     /// Base URL, for example `http://prometheus.monitoring:9090`; `/api/v1/…` is added. Members have to be scraped at
     /// least each 15 s, with the labels `namespace` and `pod`, as a PodMonitor does.
@@ -832,7 +832,7 @@ pub struct Prometheus {
 
 /// How fast a tier grows and shrinks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Behavior {
     /// Rules for growing. Left out: at once, by the larger of 4 members or 100 % in 15 s.
     pub scale_up: ScalingRules,
@@ -842,7 +842,7 @@ pub struct Behavior {
 
 /// Rules for one direction; what is left out has the default of that direction.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct ScalingRules {
     /// For how long the most cautious recommendation counts (growing: the lowest, shrinking: the highest).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -869,7 +869,7 @@ pub enum SelectPolicy {
 
 /// How much change is allowed in which time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct ScalingPolicy {
     /// What `value` counts.
     #[serde(rename = "type")]

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 /// One key of a Secret in the ImCluster's namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct SecretKey {
     /// Name of the Secret.
     #[schemars(length(min = 1, max = 253))]
@@ -43,7 +43,7 @@ impl ImagePullPolicy {
 
 /// How clients reach the gateways from outside their pods.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = [
     {
         "rule": "self.type == 'LoadBalancer' || self.vips == 1",
@@ -102,7 +102,7 @@ impl ServiceType {
 
 /// One store member with an embedded database file and a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = [{
     "rule": "self.size == oldSelf.size && has(self.storageClassName) == has(oldSelf.storageClassName) && (!has(self.storageClassName) || self.storageClassName == oldSelf.storageClassName)",
     "message": "size and storageClassName of the store's volume can't change: resize its PersistentVolumeClaim instead"
@@ -126,7 +126,7 @@ impl Default for Embedded {
 
 /// What a tier's pods ask of Kubernetes; every field means what it means in a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct PodSettings {
     /// CPU and memory. Left out: a small request and no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -164,7 +164,7 @@ fn any_object(_: &mut SchemaGenerator) -> Schema {
 
 /// CPU and memory of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Resources {
     /// What is set aside for it.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -176,7 +176,7 @@ pub struct Resources {
 
 /// A taint that a pod does not mind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Toleration {
     /// The taint's key; none = all taints.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -197,7 +197,7 @@ pub struct Toleration {
 
 /// How evenly the pods of the tier are spread over one kind of place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct TopologySpread {
     /// The node label whose values are the places.
     #[schemars(length(min = 1))]

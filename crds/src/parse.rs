@@ -73,6 +73,13 @@ impl ImCluster {
             return refuse(unknown, "unknown field: remove it, or indent it below spec");
         }
         let mut value = value;
+        let crd = serde_json::to_value(ImCluster::crd()).unwrap_or_default();
+        let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        if let Some(spec) = value.get("spec")
+            && let Some((path, known)) = unknown_field("spec".to_owned(), spec, &schema["properties"]["spec"])
+        {
+            return refuse(path, format!("unknown field, expected one of: {}", known.join(", ")));
+        }
         // The status is the operator's; one that came along with an export is not input.
         value.remove("status");
         let metadata = value.get("metadata").cloned();
@@ -102,6 +109,32 @@ impl ImCluster {
         // Through JSON: of an enum, YAML would make a tag (`!insecure {}`), which `kubectl` does not take.
         let value = serde_json::to_value(self).map_err(<serde_norway::Error as serde::ser::Error>::custom)?;
         Ok(serde_norway::to_string(&value)?)
+    }
+}
+
+/// The path of the first field that the schema does not have, and which it has in its place. The types themselves take unknown
+/// fields, as an operator has to whose successor's definition is already in force; people are told of their typing errors.
+fn unknown_field(path: String, value: &Value, schema: &Value) -> Option<(String, Vec<String>)> {
+    if schema["x-kubernetes-preserve-unknown-fields"] == true || schema["x-kubernetes-int-or-string"] == true {
+        return None;
+    }
+    match value {
+        Value::Object(fields) => fields.iter().find_map(|(name, value)| {
+            let path = format!("{path}.{name}");
+            let properties = schema["properties"].as_object();
+            match properties.and_then(|properties| properties.get(name)) {
+                Some(schema) => unknown_field(path, value, schema),
+                None if schema["additionalProperties"].is_object() => {
+                    unknown_field(path, value, &schema["additionalProperties"])
+                }
+                None => Some((path, properties.into_iter().flat_map(|known| known.keys().cloned()).collect())),
+            }
+        }),
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .find_map(|(index, item)| unknown_field(format!("{path}[{index}]"), item, &schema["items"])),
+        _ => None,
     }
 }
 

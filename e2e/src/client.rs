@@ -30,7 +30,7 @@ const WRITE_BUFFER_BYTES_MAX: usize = 256 * 1024;
 /// Messages that wait in a client's queue before [`Client::try_publish`] says it is full.
 const QUEUE_MESSAGES_MAX: usize = 1024;
 /// A server's answer to CONNECT is waited for this long.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// First and longest back-off between two attempts to connect; the real one is drawn below it (full jitter).
 const BACK_OFF_FIRST: Duration = Duration::from_millis(200);
 const BACK_OFF_MAX: Duration = Duration::from_secs(5);

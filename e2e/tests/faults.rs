@@ -387,12 +387,12 @@ async fn an_owner_may_end_in_each_phase_of_a_move() -> TestResult {
 
 /// What a client got, by conversation.
 #[derive(Default)]
-struct Seen(SyncMutex<Vec<(Inbox, Vec<u8>)>>);
+struct Seen(SyncMutex<Vec<Inbox>>);
 
 impl Observer for Seen {
     fn observe(&self, event: Event<'_>) {
         if let Event::Received { delivery, .. } = event {
-            self.0.lock().push((delivery.inbox.clone(), delivery.payload.to_vec()));
+            self.0.lock().push(delivery.inbox.clone());
         }
     }
 }
@@ -420,15 +420,13 @@ async fn a_first_message_to_somebody_offline_outlives_every_owner() -> TestResul
     }
     let seen = Arc::new(Seen::default());
     let client = Client::start(Options::new(scene.cluster.mqtt(), newcomer, "phone"), seen.clone());
-    eventually("the newcomer gets what was written to him", PATIENCE, async || {
-        (seen.0.lock().len() >= others.len()).then_some(())
+    // A connection that broke on the way gets some of them again, so it is not their number that counts.
+    eventually("the newcomer gets what each of them wrote to him", PATIENCE, async || {
+        let seen = seen.0.lock();
+        let wrote = |name: &str| seen.iter().any(|inbox| matches!(inbox, Inbox::Person { peer, .. } if peer == name));
+        others.iter().all(|person| wrote(&person.name)).then_some(())
     })
     .await?;
-    for person in others {
-        let from_him =
-            |(inbox, _): &&(Inbox, Vec<u8>)| matches!(inbox, Inbox::Person { peer, .. } if *peer == person.name);
-        assert_eq!(seen.0.lock().iter().filter(from_him).count(), 1, "from {}", person.name);
-    }
     client.stop().await;
     scene.finish(PATIENCE).await
 }
