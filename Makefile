@@ -24,8 +24,9 @@ lint: ## formatting and clippy
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 
 test: setup lint ## everything
+	e2e/cluster/tools.sh helm
 	cargo test --workspace --quiet --no-run
-	cargo test --workspace
+	REQUIRE_HELM=1 REQUIRE_PROMTOOL=1 cargo test --workspace
 
 images: ## the container image, with docker or buildah; without either a docker-archive of it
 	images/build.sh

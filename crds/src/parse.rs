@@ -78,7 +78,7 @@ impl ImCluster {
         if let Some(spec) = value.get("spec")
             && let Some((path, known)) = unknown_field("spec".to_owned(), spec, &schema["properties"]["spec"])
         {
-            return refuse(path, format!("unknown field, expected one of: {}", known.join(", ")));
+            return refuse(path, format!("unknown field, expected one of: `{}`", known.join("`, `")));
         }
         // The status is the operator's; one that came along with an export is not input.
         value.remove("status");

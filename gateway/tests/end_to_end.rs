@@ -199,7 +199,7 @@ async fn a_drained_gateway_answers_http_and_asks_its_clients_to_dial_anew() {
     let mut admin = TcpStream::connect(running.admin).await.unwrap();
     admin.write_all(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     let (head, body) = http_answer(&mut admin).await;
-    assert!(head.contains(" 503 ") && body == b"draining\n", "{head}: its health is told all the while");
+    assert!(head.contains(" 503 ") && body == b"drained\n", "{head}: its health is told all the while");
     running.member.undrain();
     let mut again = dial_until_taken(address).await;
     again.write_all(ask).await.unwrap();

@@ -242,7 +242,7 @@ mod tests {
                 Sky::Empty => None,
                 _ => Some(second),
             };
-            self.young = matches!(weather.prometheus, Sky::Restarted { ago } if ago < 120);
+            self.young = matches!(weather.prometheus, Sky::Restarted { ago } if Duration::from_secs(ago) < crate::autoscale::SOURCE_SETTLES);
         }
 
         fn knows_all(&self, second: u64, members: u8) -> bool {
