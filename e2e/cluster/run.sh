@@ -51,6 +51,8 @@ LABEL=e2e=other images/build.sh --dev "$images/imcluster-other.tar" localhost/im
 step "images into the cluster"
 mapfile -t dependencies < <("$CLUSTER_DIR/images.sh")
 "$CLUSTER_DIR/load.sh" "$images"/*.tar "${dependencies[@]}"
+# In a cluster that was kept, the operator of the last run has an image of the same name.
+kubectl --namespace imcluster-system delete pods --all --ignore-not-found >/dev/null
 kubectl apply --filename "$CLUSTER_DIR/manifests/namespace.yaml" >/dev/null
 kubectl apply --filename "$CLUSTER_DIR/manifests/" >/dev/null
 kubectl --namespace e2e-dependencies rollout status statefulset/prometheus --timeout=120s >/dev/null

@@ -39,7 +39,7 @@ async fn an_applied_imcluster_chats_and_leaves_nothing_behind() -> TestResult {
         scene.check().await?;
         unchanged_is_not_written(scene).await?;
         scene.clusters().delete(CLUSTER, &DeleteParams::foreground()).await?;
-        scene.wait("all pods are gone", |world| is_empty(world)).await?;
+        scene.wait("all pods are gone", is_empty).await?;
         eventually("the ImCluster and its children are gone", PATIENCE, async || {
             let gone = scene.clusters().get_opt(CLUSTER).await.ok()?.is_none();
             (gone && versions(scene).await.ok()?.is_empty()).then_some(())
