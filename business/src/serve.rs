@@ -40,7 +40,7 @@ const INPUTS_AT_ONCE: usize = 128;
 const READS_MAX: usize = 64;
 /// Frames that wait for one link; beyond, it is closed and dialled anew.
 const LINK_FRAMES_MAX: usize = 1 << 18;
-/// At the end of the grace, for shards that nobody took over to be released.
+/// For shards that nobody took over to be released.
 const RELEASE_MAX: Duration = Duration::from_secs(5);
 /// How often the core learns that time passed.
 const TICK: Duration = Duration::from_millis(50);
@@ -153,7 +153,9 @@ async fn leave(shell: &Shell, stop: impl Future<Output = ()>, grace: Duration) {
     if holds() {
         let _ = shell.inputs.send(Input::ReleaseAll).await;
     }
-    while holds() && Instant::now() < deadline {
+    // With a store that does not answer there is nothing to wait for: what was acknowledged is stored, the rest is sent again.
+    let released_by = deadline.min(Instant::now() + RELEASE_MAX);
+    while holds() && Instant::now() < released_by {
         ticks.tick().await;
     }
     // The last words to clients of links are on their way.
