@@ -5,7 +5,7 @@
 //!
 //! | module | engine |
 //! | --- | --- |
-//! | [`sqlite`] | one SQLite file in this process, one fsync for all that waits (what the store member runs) |
+//! | [`sqlite`] | one SQLite file in this process and a journal before it, one fdatasync for all that waits (what the store member runs) |
 //! | [`remote`], [`server`] | the store member over gRPC: any engine, served and called |
 //! | [`postgres`] | PostgreSQL |
 //! | [`memory`] | maps in memory, for simulations and for trying out |

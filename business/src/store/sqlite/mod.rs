@@ -1,0 +1,429 @@
+//! The store in one SQLite file, with a journal before it, for the one process that owns it.
+//!
+//! One thread writes. It takes all requests that wait, applies them in their order to a SQLite transaction that stays open, appends
+//! them to the journal with one fdatasync, and then answers them all: group commit, whose group is what arrived during the sync before.
+//! Twice a second the transaction is committed (WAL, synchronous=NORMAL). A message touches a leaf of the log and of each of its two
+//! indexes; in transactions of thousands of rows most leaves are touched again and again and written once, and that is most of what a
+//! durable message costs.
+//!
+//! A shard that fails is taken back by deleting its few rows, so no savepoints are needed (they would copy each page they touch). What
+//! fails otherwise is undone by rolling back and applying the journal again, which is what opening the store does, too.
+//!
+//! Reads have threads and connections of their own and never wait for the writer, unless they look at what is not committed yet: those
+//! go to the writer.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | here | the store's threads, its schema, reading |
+//! | [`writer`] | groups, the open transaction, checkpoints |
+//! | [`tables`] | what a write does to the tables |
+//! | [`journal`] | the two journal files |
+//! | [`unflushed`] | what readers can't see yet |
+
+mod journal;
+mod tables;
+mod unflushed;
+mod writer;
+
+use std::ffi::OsString;
+use std::fs::{File, TryLockError};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use bytes::Bytes;
+use im_proto::ids::MemberId;
+use parking_lot::Mutex;
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use tokio::sync::{mpsc, oneshot};
+
+use self::tables::{ENTRY, Tables, entry, id, int, row_of_shard, shard_row, tail};
+use self::unflushed::{Concern, Unflushed};
+use self::writer::{Pending, Reply, Syncer, Write, Writer};
+use super::{
+    ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, HOLES_MAX, LogEntry, LogRange, OpenError, Outcome,
+    POS_MAX, Released, ShardBatch, ShardRow, Store, StoreError, Tail, claimable, hole_text, prefix_end,
+};
+
+/// Write requests that may wait; whoever comes next waits to hand his in.
+const WRITES_WAITING_MAX: usize = 1024;
+/// Reads that may wait.
+const READS_WAITING_MAX: usize = 1024;
+/// Connections that read.
+const READERS: usize = 4;
+/// Additive steps; the number of those done is in `meta`.
+const MIGRATIONS: [&str; 1] = ["
+    CREATE TABLE shard (
+        shard INTEGER PRIMARY KEY,
+        epoch INTEGER NOT NULL,
+        owner TEXT,
+        watermark INTEGER NOT NULL DEFAULT 0
+    );
+    CREATE TABLE log (
+        id INTEGER PRIMARY KEY, -- shard * 2^40 + pos: (shard, pos) in one b-tree of its own rows
+        shard INTEGER NOT NULL,
+        conversation TEXT NOT NULL,
+        seq INTEGER NOT NULL,
+        key BLOB NOT NULL,
+        sender TEXT NOT NULL,
+        device TEXT NOT NULL,
+        kind INTEGER NOT NULL,
+        client_id TEXT NOT NULL,
+        ts_ms INTEGER NOT NULL,
+        payload BLOB NOT NULL
+    );
+    CREATE UNIQUE INDEX log_seq ON log (shard, conversation, seq);
+    CREATE UNIQUE INDEX log_key ON log (shard, conversation, key);
+    CREATE TABLE item (
+        shard INTEGER NOT NULL,
+        k TEXT NOT NULL,
+        v BLOB NOT NULL,
+        PRIMARY KEY (shard, k)
+    ) WITHOUT ROWID;
+"];
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// The store: hands requests to the threads
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+/// Ends the process when the thread that holds it panics: a store without its writer would refuse everything for good, one that starts
+/// anew serves again.
+struct EndOnPanic;
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            tracing::error!("a thread of the store panicked: ending, to start anew from what is durable");
+            std::process::abort();
+        }
+    }
+}
+
+/// A SQLite file, owned by this process until it is dropped.
+#[derive(Debug)]
+pub struct Sqlite {
+    /// To the writer; `None` only while dropping.
+    writes: Option<mpsc::Sender<Write>>,
+    /// To whichever reader is free.
+    reads: mpsc::Sender<Read>,
+    /// What only the writer can read yet.
+    unflushed: Arc<Unflushed>,
+    writer: Option<thread::JoinHandle<()>>,
+}
+
+/// Reads with the connection given, or has an answer without.
+type Read = Box<dyn FnOnce(Result<&Connection, StoreError>) + Send>;
+
+impl Sqlite {
+    /// Opens or creates the file and its journals, brings what only they have into the file, and starts the threads.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let failed =
+            |reason: &dyn std::fmt::Display| OpenError::File { path: path.to_owned(), reason: reason.to_string() };
+        let lock = lock(path)?;
+        let mut connection = connect(path).map_err(|e| failed(&e))?;
+        migrate(&mut connection).map_err(|e| failed(&e))?;
+        let unflushed = Arc::new(Unflushed::default());
+        let syncer = Syncer::new(connect(path).map_err(|e| failed(&e))?, path).map_err(|e| failed(&e))?;
+        let (writes, requests) = mpsc::channel(WRITES_WAITING_MAX);
+        let tables = Tables::new(connection, unflushed.clone());
+        let writer = Writer::open(path, tables, requests, &syncer, lock).map_err(|e| failed(&e))?;
+        // The names of the new files must be as durable as what is in them.
+        let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(directory).and_then(|d| d.sync_all()).map_err(|e| failed(&e))?;
+
+        let (reads, jobs) = mpsc::channel::<Read>(READS_WAITING_MAX);
+        let jobs = Arc::new(Mutex::new(jobs));
+        let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
+            let run = move || {
+                let _guard = EndOnPanic;
+                run();
+            };
+            thread::Builder::new().name(name.to_owned()).spawn(run).map_err(|e| failed(&e))
+        };
+        for _ in 0..READERS {
+            let (connection, jobs) = (connect(path).map_err(|e| failed(&e))?, jobs.clone());
+            connection.pragma_update(None, "query_only", true).map_err(|e| failed(&e))?;
+            spawn("store-reader", Box::new(move || read_until_closed(&connection, &jobs)))?;
+        }
+        spawn("store-syncer", Box::new(move || syncer.run()))?;
+        let writer = spawn("store-writer", Box::new(move || writer.run()))?;
+        Ok(Self { writes: Some(writes), reads, unflushed, writer: Some(writer) })
+    }
+
+    /// Bounds the file to so many pages of 4 KiB: beyond it the store refuses as with a full disk, and goes on when it is raised. Lasts
+    /// until the process ends.
+    pub async fn set_pages_max(&self, pages: u32) -> Result<(), StoreError> {
+        self.write(|reply| Write::PagesMax(Pending::new(pages, reply))).await
+    }
+
+    /// Hands a request to the writer and waits for its answer.
+    async fn write<A>(&self, write: impl FnOnce(Reply<A>) -> Write) -> Result<A, StoreError> {
+        let closed = || StoreError::refused("the store is closed");
+        let (reply, answer) = oneshot::channel();
+        self.writes.as_ref().ok_or_else(closed)?.send(write(reply)).await.map_err(|_| closed())?;
+        answer.await.unwrap_or_else(|_| Err(StoreError::unknown("the store closed with the request under way")))
+    }
+
+    /// Has a reader answer, or the writer if it is about what readers can't see yet.
+    async fn read<A: Send + 'static>(
+        &self,
+        concern: Concern<'_>,
+        read: impl FnOnce(&Connection) -> rusqlite::Result<A> + Send + 'static,
+    ) -> Result<A, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let job: Read = Box::new(move |connection: Result<&Connection, StoreError>| {
+            let answer = connection.and_then(|connection| read(connection).map_err(StoreError::refused));
+            // Nobody waits any more: nothing to do.
+            let _ = reply.send(answer);
+        });
+        let closed = || StoreError::refused("the store is closed");
+        if self.unflushed.concern(concern) {
+            self.writes.as_ref().ok_or_else(closed)?.send(Write::Read(job)).await.map_err(|_| closed())?;
+        } else {
+            self.reads.send(job).await.map_err(|_| closed())?;
+        }
+        answer.await.map_err(|_| closed())?
+    }
+}
+
+impl Drop for Sqlite {
+    /// Waits for the transaction under way, so that the file is free afterwards.
+    fn drop(&mut self) {
+        self.writes = None;
+        if let Some(writer) = self.writer.take() {
+            // A writer that panicked has ended the process.
+            let _ = writer.join();
+        }
+    }
+}
+
+impl Store for Sqlite {
+    fn acquire(&self, me: &MemberId, claims: Vec<Claim>) -> Answer<'_, Vec<Acquired>> {
+        let me = me.clone();
+        Box::pin(async move {
+            claimable(&claims)?;
+            self.write(|reply| Write::Acquire(Pending::new((me, claims), reply))).await
+        })
+    }
+
+    fn release(&self, me: &MemberId, shards: Vec<(u32, u64)>) -> Answer<'_, Vec<Released>> {
+        let me = me.clone();
+        Box::pin(self.write(|reply| Write::Release(Pending::new((me, shards), reply))))
+    }
+
+    fn check(&self, me: &MemberId, shards: Vec<(u32, u64)>) -> Answer<'_, Vec<ShardRow>> {
+        let me = me.clone();
+        Box::pin(async move {
+            let asked: Vec<u32> = shards.iter().map(|(shard, _)| *shard).collect();
+            let lost = move |c: &Connection| {
+                let mut lost = Vec::new();
+                for (shard, epoch) in shards {
+                    let row = shard_row(c, shard)?;
+                    if !row.is_held(&me, epoch) {
+                        lost.push(row);
+                    }
+                }
+                Ok(lost)
+            };
+            self.read(Concern::Rows(&asked), lost).await
+        })
+    }
+
+    fn commit(&self, me: &MemberId, batches: Vec<ShardBatch>) -> Answer<'_, Vec<Outcome>> {
+        let me = me.clone();
+        Box::pin(self.write(|reply| Write::Commit(Pending::new((me, batches), reply))))
+    }
+
+    fn find(&self, shard: u32, conversation: Arc<str>, key: Bytes) -> Answer<'_, Option<LogEntry>> {
+        Box::pin(async move {
+            let id = conversation.clone();
+            let find = move |c: &Connection| {
+                let mut select = c.prepare_cached(&format!(
+                    "SELECT {ENTRY} FROM log WHERE shard = ?1 AND conversation = ?2 AND key = ?3"
+                ))?;
+                select.query_row(params![shard, id, &key[..]], entry).optional()
+            };
+            self.read(Concern::Conversation(shard, &conversation), find).await
+        })
+    }
+
+    fn range(&self, range: LogRange) -> Answer<'_, Vec<LogEntry>> {
+        Box::pin(async move {
+            let (shard, conversation) = (range.shard, range.conversation.clone());
+            let read = move |c: &Connection| {
+                let (compare, order) = if range.backward { ("<=", "DESC") } else { (">=", "ASC") };
+                let from = if range.backward && range.from == 0 { i64::MAX } else { int(range.from) };
+                let mut select = c.prepare_cached(&format!(
+                    "SELECT {ENTRY} FROM log WHERE shard = ?1 AND conversation = ?2 AND seq {compare} ?3 ORDER BY seq {order} LIMIT ?4"
+                ))?;
+                let limit = range.limit.min(ANSWER_ROWS_MAX);
+                let rows = select.query(params![range.shard, range.conversation, from, limit])?;
+                within(rows, range.bytes_max(), entry, |e| e.payload.len())
+            };
+            self.read(Concern::Conversation(shard, &conversation), read).await
+        })
+    }
+
+    fn since(&self, shard: u32, after_pos: u64, limit: u32) -> Answer<'_, Vec<LogEntry>> {
+        Box::pin(self.read(Concern::Log(shard), move |c| {
+            let mut select =
+                c.prepare_cached(&format!("SELECT {ENTRY} FROM log WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3"))?;
+            let rows = select.query(params![id(shard, after_pos), id(shard, POS_MAX), limit.min(ANSWER_ROWS_MAX)])?;
+            within(rows, ANSWER_BYTES_MAX, entry, |e| e.payload.len())
+        }))
+    }
+
+    fn items(&self, shard: u32, prefix: String, after: Option<String>, limit: u32) -> Answer<'_, Vec<(String, Bytes)>> {
+        Box::pin(async move {
+            let wanted = prefix.clone();
+            let read = move |c: &Connection| {
+                let mut select = c.prepare_cached(
+                    "SELECT k, v FROM item WHERE shard = ?1 AND k >= ?2 AND (?3 IS NULL OR k < ?3) AND (?4 IS NULL OR k > ?4)
+                     ORDER BY k LIMIT ?5",
+                )?;
+                // A scan that goes on after a key starts there, not at the prefix.
+                let from = after.as_deref().filter(|after| *after > prefix.as_str()).unwrap_or(&prefix);
+                let end = prefix_end(&prefix);
+                let rows = select.query(params![shard, from, end, after, limit.min(ANSWER_ROWS_MAX)])?;
+                within(
+                    rows,
+                    ANSWER_BYTES_MAX,
+                    |row| Ok((row.get(0)?, blob(row, 1)?)),
+                    |(_, v): &(String, Bytes)| v.len(),
+                )
+            };
+            self.read(Concern::Items(shard, &wanted), read).await
+        })
+    }
+
+    fn get(&self, shard: u32, keys: Vec<String>) -> Answer<'_, Vec<Option<Bytes>>> {
+        Box::pin(async move {
+            let wanted = keys.clone();
+            let read = move |c: &Connection| {
+                let mut select = c.prepare_cached("SELECT v FROM item WHERE shard = ?1 AND k = ?2")?;
+                keys.iter().map(|key| select.query_row(params![shard, key], |row| blob(row, 0)).optional()).collect()
+            };
+            self.read(Concern::Keys(shard, &wanted), read).await
+        })
+    }
+
+    fn shards(&self) -> Answer<'_, Vec<ShardRow>> {
+        Box::pin(self.read(Concern::AllRows, |c| {
+            let mut select = c.prepare_cached("SELECT shard, epoch, owner FROM shard ORDER BY shard")?;
+            select.query_map([], row_of_shard)?.collect()
+        }))
+    }
+
+    fn scrub(&self, shard: u32) -> Answer<'_, Vec<String>> {
+        Box::pin(self.read(Concern::Log(shard), move |c| scrub(c, shard)))
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Reading, and the file
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+fn read_until_closed(connection: &Connection, jobs: &Mutex<mpsc::Receiver<Read>>) {
+    loop {
+        // The lock is held while waiting: the readers queue up behind it, one job wakes one of them.
+        let job = jobs.lock().blocking_recv();
+        match job {
+            Some(job) => job(Ok(connection)),
+            None => return,
+        }
+    }
+}
+
+fn blob(row: &Row<'_>, column: usize) -> rusqlite::Result<Bytes> {
+    Ok(Bytes::copy_from_slice(row.get_ref(column)?.as_blob()?))
+}
+
+/// Takes rows until together they would exceed `bytes_max`; the first in any case.
+fn within<T>(
+    mut rows: rusqlite::Rows<'_>,
+    bytes_max: usize,
+    read: impl Fn(&Row<'_>) -> rusqlite::Result<T>,
+    size: impl Fn(&T) -> usize,
+) -> rusqlite::Result<Vec<T>> {
+    let (mut taken, mut bytes) = (Vec::new(), 0);
+    while let Some(row) = rows.next()? {
+        let value = read(row)?;
+        bytes += size(&value);
+        if bytes > bytes_max && !taken.is_empty() {
+            break;
+        }
+        taken.push(value);
+    }
+    Ok(taken)
+}
+
+fn scrub(c: &Connection, shard: u32) -> rusqlite::Result<Vec<String>> {
+    let base = id(shard, 0);
+    let mut holes = Vec::new();
+    let mut positions = c.prepare_cached(
+        "SELECT before, pos FROM (SELECT id - ?1 AS pos, lag(id - ?1, 1, 0) OVER (ORDER BY id) AS before
+                                  FROM log WHERE id > ?1 AND id <= ?2) WHERE pos <> before + 1 ORDER BY pos LIMIT ?3",
+    )?;
+    let mut rows = positions.query(params![base, id(shard, POS_MAX), HOLES_MAX as u32])?;
+    while let Some(row) = rows.next()? {
+        holes.push(hole_text(shard, "pos", row.get::<_, i64>(0)? as u64, row.get::<_, i64>(1)? as u64));
+    }
+    let mut seqs = c.prepare_cached(
+        "SELECT conversation, before, seq
+         FROM (SELECT conversation, seq, lag(seq, 1, 0) OVER (PARTITION BY conversation ORDER BY seq) AS before
+               FROM log WHERE shard = ?1) WHERE seq <> before + 1 ORDER BY conversation, seq LIMIT ?2",
+    )?;
+    let mut rows = seqs.query(params![shard, HOLES_MAX as u32])?;
+    while let Some(row) = rows.next()? {
+        let what = format!("conversation {}: seq", row.get_ref(0)?.as_str()?);
+        holes.push(hole_text(shard, &what, row.get::<_, i64>(1)? as u64, row.get::<_, i64>(2)? as u64));
+    }
+    if let Some(Tail { head_pos, watermark, .. }) = tail(c, shard, 0).optional()?
+        && watermark > head_pos
+    {
+        holes.push(hole_text(shard, "pos", head_pos, watermark + 1));
+    }
+    holes.truncate(HOLES_MAX);
+    Ok(holes)
+}
+
+/// Takes the file for this process. (SQLite's own exclusive mode would keep our readers out too.)
+fn lock(path: &Path) -> Result<File, OpenError> {
+    let mut name: OsString = path.into();
+    name.push(".lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&name);
+    let file = file.map_err(|e| OpenError::File { path: path.to_owned(), reason: e.to_string() })?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse { path: path.to_owned() }),
+        Err(TryLockError::Error(e)) => Err(OpenError::File { path: path.to_owned(), reason: e.to_string() }),
+    }
+}
+
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
+    // The journal is what makes writes durable; see `Syncer`.
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    connection.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(()))?;
+    connection.pragma_update(None, "cache_size", -16 * 1024)?;
+    connection.pragma_update(None, "temp_store", "MEMORY")?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
+    let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+    transaction.execute_batch("CREATE TABLE IF NOT EXISTS meta (k TEXT PRIMARY KEY, v INTEGER NOT NULL)")?;
+    let done =
+        transaction.query_row("SELECT v FROM meta WHERE k = 'version'", [], |r| r.get::<_, u32>(0)).optional()?;
+    for step in MIGRATIONS.iter().skip(done.unwrap_or(0) as usize) {
+        transaction.execute_batch(step)?;
+    }
+    // A newer release's version stays: its steps are additive, we can work with what they added.
+    let version = (MIGRATIONS.len() as u32).max(done.unwrap_or(0));
+    transaction.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?1)", [version])?;
+    transaction.commit()
+}
