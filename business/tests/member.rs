@@ -151,7 +151,7 @@ impl Client {
         for output in outputs {
             match output {
                 router::Output::Send(to, request) => {
-                    let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request)) };
+                    let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request.into())) };
                     pool.iter().for_each(|pool| pool.send(&to, [frame.clone()]));
                 }
                 router::Output::Done(waiter, outcome) => drop(waiter.send(outcome)),
@@ -162,7 +162,7 @@ impl Client {
 
     async fn ask(&self, shard: u32, body: body::Body) -> Outcome {
         let (waiter, answer) = oneshot::channel();
-        let asked = self.router.lock().request(shard, 0, &Body { body: Some(body) }, waiter);
+        let asked = self.router.lock().request(shard, 0, Body { body: Some(body) }, waiter);
         assert!(asked.is_ok(), "the router has room");
         self.carry_out();
         tokio::time::timeout(PATIENCE, answer).await.expect("an answer in time").expect("the router keeps its tokens")

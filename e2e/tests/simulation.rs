@@ -920,7 +920,7 @@ impl World {
         }
         for request in effects.requests {
             let token = request.ticket.map_or(Token::Nobody, |ticket| Token::Session(connection, ticket));
-            let outcome = gateway.router.request(request.shard, request.order, &request.body, token);
+            let outcome = gateway.router.request(request.shard, request.order, request.body, token);
             let Some(session) = gateway.sessions.get_mut(&connection) else { continue };
             match (outcome, request.ticket) {
                 (Ok(id), Some(ticket)) => session.routed(ticket, id),
@@ -976,7 +976,7 @@ impl World {
                     self.send_to_server(
                         Process::Gateway(i),
                         &to,
-                        ClientFrame { frame: Some(client_frame::Frame::Request(request)) },
+                        ClientFrame { frame: Some(client_frame::Frame::Request(request.into())) },
                     );
                 }
                 router::Output::Done(Token::Session(connection, ticket), outcome) => {
@@ -998,7 +998,7 @@ impl World {
                         }
                     }
                     let body = Body { body: Some(body::Body::Announced(Announced {})) };
-                    let _ = self.gateways[i].router.request(shard, 0, &body, Token::Nobody);
+                    let _ = self.gateways[i].router.request(shard, 0, body, Token::Nobody);
                     self.pump(i);
                 }
             }
@@ -1032,7 +1032,7 @@ impl World {
                 GroupChange { conversation, create: true, add, key: "create".into(), ..GroupChange::default() };
             let shard = shard_of(&change.conversation, SHARDS);
             let body = Body { body: Some(body::Body::GroupChange(change)) };
-            let _ = self.gateways[i].router.request(shard, 0, &body, Token::CreateGroup);
+            let _ = self.gateways[i].router.request(shard, 0, body, Token::CreateGroup);
         }
         self.pump(i);
     }
@@ -1064,7 +1064,7 @@ impl World {
         let shard = shard_of(&conversation, SHARDS);
         let key = format!("change {}", self.changes);
         let body = body::Body::GroupChange(GroupChange { conversation, add, remove, key, ..GroupChange::default() });
-        if self.gateways[i].router.request(shard, 0, &Body { body: Some(body) }, Token::ChangeGroup).is_ok() {
+        if self.gateways[i].router.request(shard, 0, Body { body: Some(body) }, Token::ChangeGroup).is_ok() {
             change.asked = Some((i, boot));
         }
     }

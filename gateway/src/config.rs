@@ -109,8 +109,9 @@ fn default_grace() -> u64 {
     5
 }
 
+/// One core's worth: waking another thread costs more than what it would take over. More gateways do more.
 fn default_threads() -> usize {
-    2
+    1
 }
 
 /// An address to listen on.

@@ -285,7 +285,7 @@ impl Hub {
             match output {
                 Output::Send(_, request) if void.contains(&request.id) => {}
                 Output::Send(to, request) => {
-                    let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request)) };
+                    let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request.into())) };
                     match &mut batch {
                         Some((member, frames)) if *member == to => frames.push(frame),
                         _ => {
@@ -346,7 +346,7 @@ impl Hub {
         self.announce_rooms(shard);
         let body = Body { body: Some(body::Body::Announced(Announced {})) };
         let mut routing = self.routing.lock();
-        match routing.router.request(shard, 0, &body, Token::Nobody) {
+        match routing.router.request(shard, 0, body, Token::Nobody) {
             Ok(id) => drop(routing.announced.insert(shard, id)),
             // The owner waits 3 s for it at most.
             Err(Full(_)) => tracing::warn!(shard, "the shard's queue is full: its announcement is left out"),
@@ -434,7 +434,8 @@ impl Hub {
                 for request in requests {
                     let token =
                         request.ticket.map_or(Token::Nobody, |ticket| Token::Session(connection.clone(), ticket));
-                    match (routing.router.request(request.shard, request.order, &request.body, token), request.ticket) {
+                    let routed = routing.router.request(request.shard, request.order, request.body, token);
+                    match (routed, request.ticket) {
                         (Ok(id), Some(ticket)) => session.routed(ticket, id),
                         (Err(Full(_)), Some(ticket)) => answers.push((ticket, Answer::Full)),
                         (Ok(_), None) => {}
@@ -546,7 +547,7 @@ impl Hub {
             let token = Token::Ask(sender);
             let id = routing
                 .router
-                .request(shard_of(key, shards), 0, &Body { body: Some(body) }, token)
+                .request(shard_of(key, shards), 0, Body { body: Some(body) }, token)
                 .map_err(|_| AskError::Busy)?;
             self.send_out(&mut routing);
             id

@@ -25,7 +25,7 @@ pub const LINK_SILENCE_MAX: Duration = Duration::from_secs(3);
 /// The largest gRPC message of a link, bytes.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// How long a link gathers frames after each message that it sent. The first frame after a silence leaves at once.
-const GATHER: Duration = Duration::from_millis(1);
+const GATHER: Duration = Duration::from_millis(2);
 /// Frames that one gRPC message carries at most.
 const FRAMES_PER_MESSAGE_MAX: usize = 1_024;
 

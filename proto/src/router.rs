@@ -4,8 +4,12 @@
 //! * an epoch is learnt only from the map or from the owner that acquired it; a request is sent for exactly one epoch;
 //! * on a higher epoch or a new link, all that is unanswered is sent again, in its original order, before anything newer;
 //! * a late acknowledgement counts (what was stored is stored), a late refusal does not.
+//!
+//! A request waits in the form in which it is needed again: encoded where all of them go over links, as it is where most are answered
+//! by the process that asks ([`Waiting`]).
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message;
@@ -14,11 +18,59 @@ use crate::ids::MemberId;
 use crate::link::reply::Outcome;
 use crate::link::{Body, Moved, Owned, Reply, Request};
 
+/// The body of a request while it waits for its answer. Sent again, it is cloned.
+pub trait Waiting: Clone {
+    /// The form in which a body waits.
+    fn of(body: Body) -> Self;
+    /// How much memory it counts for, about: bytes.
+    fn bytes(&self) -> usize;
+}
+
+impl Waiting for Bytes {
+    fn of(body: Body) -> Self {
+        body.encode_to_vec().into()
+    }
+
+    fn bytes(&self) -> usize {
+        self.len()
+    }
+}
+
+impl Waiting for Arc<Body> {
+    fn of(body: Body) -> Self {
+        Self::new(body)
+    }
+
+    fn bytes(&self) -> usize {
+        self.encoded_len()
+    }
+}
+
+/// A request on its way: see [`Request`] for the fields.
+#[derive(Debug)]
+#[expect(missing_docs, reason = "they are those of the contract")]
+pub struct Sending<B> {
+    pub id: u64,
+    pub shard: u32,
+    pub epoch: u64,
+    pub body: B,
+    pub again: bool,
+    pub order: u64,
+    pub oldest: u64,
+}
+
+impl From<Sending<Bytes>> for Request {
+    fn from(sending: Sending<Bytes>) -> Self {
+        let Sending { id, shard, epoch, body, again, order, oldest } = sending;
+        Self { id, shard, epoch, body, again, order, oldest }
+    }
+}
+
 /// What the router wants done, in this order.
 #[derive(Debug)]
-pub enum Output<T> {
+pub enum Output<T, B = Bytes> {
     /// Put this on the link to a member.
-    Send(MemberId, Request),
+    Send(MemberId, Sending<B>),
     /// A request has its answer. Never [`Outcome::Moved`]: the router deals with that.
     Done(T, Outcome),
     /// From now on requests of this shard go to this owner at this epoch over this link; what the owner keeps only as long as a link or an
@@ -47,33 +99,33 @@ impl Default for Limits {
 
 /// Unanswered requests per shard and the best knowledge of who owns it.
 #[derive(Debug)]
-pub struct Router<T> {
+pub struct Router<T, B = Bytes> {
     limits: Limits,
-    routes: Vec<Route<T>>,
-    shard_by_request: HashMap<u64, u32>,
+    routes: Vec<Route<T, B>>,
+    shard_by_request: HashMap<u64, u32, foldhash::fast::RandomState>,
     linked: HashSet<MemberId>,
     next_id: u64,
     bytes: usize,
-    outputs: Vec<Output<T>>,
+    outputs: Vec<Output<T, B>>,
 }
 
 #[derive(Debug)]
-struct Route<T> {
+struct Route<T, B> {
     /// The highest epoch heard of and who acquired it.
     epoch: u64,
     owner: Option<MemberId>,
     /// No epoch up to this one is served by anybody.
     ended: u64,
     /// In order; ids ascend.
-    queue: VecDeque<Pending<T>>,
+    queue: VecDeque<Pending<T, B>>,
     /// How many of the queue's head were sent to the present owner over its present link.
     sent: usize,
 }
 
 #[derive(Debug)]
-struct Pending<T> {
+struct Pending<T, B> {
     id: u64,
-    body: Bytes,
+    body: B,
     token: T,
     /// See [`Request::order`].
     order: u64,
@@ -81,14 +133,14 @@ struct Pending<T> {
     again: bool,
 }
 
-impl<T> Router<T> {
+impl<T, B: Waiting> Router<T, B> {
     /// A router for a cluster with this number of shards.
     pub fn new(shards: u32, limits: Limits) -> Self {
         let route = || Route { epoch: 0, owner: None, ended: 0, queue: VecDeque::new(), sent: 0 };
         Self {
             limits,
             routes: (0..shards).map(|_| route()).collect(),
-            shard_by_request: HashMap::new(),
+            shard_by_request: HashMap::default(),
             linked: HashSet::new(),
             next_id: 1,
             bytes: 0,
@@ -121,7 +173,7 @@ impl<T> Router<T> {
     }
 
     /// What there is to do since the last call.
-    pub fn take_outputs(&mut self) -> Vec<Output<T>> {
+    pub fn take_outputs(&mut self) -> Vec<Output<T, B>> {
         std::mem::take(&mut self.outputs)
     }
 
@@ -130,15 +182,15 @@ impl<T> Router<T> {
     ///
     /// # Errors
     /// [`Full`] when the shard's queue or the byte bound is reached.
-    pub fn request(&mut self, shard: u32, order: u64, body: &Body, token: T) -> Result<u64, Full<T>> {
+    pub fn request(&mut self, shard: u32, order: u64, body: Body, token: T) -> Result<u64, Full<T>> {
         let Some(route) = self.routes.get_mut(shard as usize) else { return Err(Full(token)) };
-        let body = Bytes::from(body.encode_to_vec());
-        if route.queue.len() >= self.limits.shard_requests_max || self.bytes + body.len() > self.limits.bytes_max {
+        let body = B::of(body);
+        if route.queue.len() >= self.limits.shard_requests_max || self.bytes + body.bytes() > self.limits.bytes_max {
             return Err(Full(token));
         }
         let id = self.next_id;
         self.next_id += 1;
-        self.bytes += body.len();
+        self.bytes += body.bytes();
         route.queue.push_back(Pending { id, body, token, order, again: false });
         self.shard_by_request.insert(id, shard);
         self.flush(shard);
@@ -214,7 +266,7 @@ impl<T> Router<T> {
     }
 
     fn shards_of(&self, member: &MemberId) -> Vec<u32> {
-        let owned = |route: &Route<T>| route.owner.as_ref() == Some(member);
+        let owned = |route: &Route<T, B>| route.owner.as_ref() == Some(member);
         (0..self.shards()).filter(|&shard| owned(&self.routes[shard as usize])).collect()
     }
 
@@ -233,17 +285,18 @@ impl<T> Router<T> {
         let oldest = route.queue.front().map_or(0, |pending| pending.id);
         for pending in route.queue.range_mut(route.sent..) {
             let (id, order, again) = (pending.id, pending.order, std::mem::replace(&mut pending.again, true));
-            let request = Request { id, shard, epoch: route.epoch, body: pending.body.clone(), again, order, oldest };
-            self.outputs.push(Output::Send(owner.clone(), request));
+            let (epoch, body) = (route.epoch, pending.body.clone());
+            let sending = Sending { id, shard, epoch, body, again, order, oldest };
+            self.outputs.push(Output::Send(owner.clone(), sending));
         }
         route.sent = route.queue.len();
     }
 
-    fn remove(&mut self, shard: u32, id: u64) -> Option<Pending<T>> {
+    fn remove(&mut self, shard: u32, id: u64) -> Option<Pending<T, B>> {
         let route = &mut self.routes[shard as usize];
         let index = route.queue.binary_search_by_key(&id, |pending| pending.id).ok()?;
         let pending = route.queue.remove(index)?;
-        self.bytes -= pending.body.len();
+        self.bytes -= pending.body.bytes();
         if index < route.sent {
             route.sent -= 1;
         }
@@ -280,11 +333,11 @@ mod tests {
     #[test]
     fn a_move_resends_the_unanswered_in_order() {
         let (a, b) = (member("a"), member("b"));
-        let mut router = Router::new(1, Limits::default());
+        let mut router: Router<u32> = Router::new(1, Limits::default());
         router.link_up(&a);
         router.link_up(&b);
         for token in 1..=3 {
-            router.request(0, 0, &body(), token).expect("room");
+            router.request(0, 0, body(), token).expect("room");
         }
         assert!(sent(router.take_outputs()).is_empty(), "no owner is known");
         router.claim(0, 4, &a);
@@ -293,7 +346,7 @@ mod tests {
         assert_eq!(sent(router.take_outputs()), to("a", 4, &[1, 2, 3]));
         router.reply(stored(2, 4));
         router.moved(&Moved { shard: 0, ended: 4, to: b.to_string(), released: false });
-        router.request(0, 0, &body(), 4).expect("room");
+        router.request(0, 0, body(), 4).expect("room");
         router.claim(0, 4, &a);
         assert!(sent(router.take_outputs()).is_empty(), "an ended epoch gets nothing");
         router.claim(0, 5, &b);
@@ -307,10 +360,10 @@ mod tests {
     #[test]
     fn a_new_link_to_the_same_owner_resends_and_says_ready() {
         let a = member("a");
-        let mut router = Router::new(2, Limits::default());
+        let mut router: Router<u32> = Router::new(2, Limits::default());
         router.link_up(&a);
         router.claim(1, 1, &a);
-        router.request(1, 0, &body(), 7).expect("room");
+        router.request(1, 0, body(), 7).expect("room");
         router.take_outputs();
         router.link_down(&a);
         router.link_up(&a);
@@ -322,7 +375,7 @@ mod tests {
     #[test]
     fn a_request_says_whether_it_went_out_before_and_what_is_unanswered() {
         let (a, b) = (member("a"), member("b"));
-        let mut router = Router::new(1, Limits::default());
+        let mut router: Router<u32> = Router::new(1, Limits::default());
         router.link_up(&a);
         router.link_up(&b);
         router.claim(0, 1, &a);
@@ -334,12 +387,12 @@ mod tests {
             sends.collect::<Vec<_>>()
         };
         for token in 1..=2 {
-            router.request(0, 9, &body(), token).expect("room");
+            router.request(0, 9, body(), token).expect("room");
         }
         assert_eq!(marks(router.take_outputs()), [(1, false, 9, 1), (2, false, 9, 1)]);
         router.reply(stored(1, 1));
         router.moved(&Moved { shard: 0, ended: 1, to: String::new(), released: false });
-        router.request(0, 9, &body(), 3).expect("room");
+        router.request(0, 9, body(), 3).expect("room");
         router.take_outputs();
         router.claim(0, 2, &b);
         assert_eq!(marks(router.take_outputs()), [(2, true, 9, 2), (3, false, 9, 2)]);
@@ -347,11 +400,11 @@ mod tests {
 
     #[test]
     fn a_full_queue_refuses() {
-        let mut router = Router::new(1, Limits { shard_requests_max: 1, bytes_max: 1 << 20 });
-        let id = router.request(0, 0, &body(), 1).expect("room");
-        assert_eq!(router.request(0, 0, &body(), 2), Err(Full(2)));
+        let mut router: Router<u32> = Router::new(1, Limits { shard_requests_max: 1, bytes_max: 1 << 20 });
+        let id = router.request(0, 0, body(), 1).expect("room");
+        assert_eq!(router.request(0, 0, body(), 2), Err(Full(2)));
         assert_eq!(router.cancel(id), Some(1));
-        assert!(router.request(0, 0, &body(), 3).is_ok());
+        assert!(router.request(0, 0, body(), 3).is_ok());
     }
 
     proptest! {
@@ -362,7 +415,7 @@ mod tests {
             let mut router: Router<u64> = Router::new(1, Limits::default());
             let (mut epoch, mut asked, mut answered) = (0, 0, 0);
             let mut seen = Vec::new();
-            let mut inbox: VecDeque<(MemberId, Request)> = VecDeque::new();
+            let mut inbox: VecDeque<(MemberId, Sending<Bytes>)> = VecDeque::new();
             let finish = [(0, 0), (1, 0), (4, 1)].into_iter().chain(std::iter::repeat_n((5, 0), 2_000));
             for (kind, pick) in steps.into_iter().chain(finish) {
                 let who = &members[(pick % 2) as usize];
@@ -371,7 +424,7 @@ mod tests {
                     0 => { inbox.retain(|(to, _)| to != who); router.link_up(who); }
                     1 => { inbox.clear(); router.link_up(&members[0]); router.link_up(&members[1]); }
                     2 => { router.link_down(who); inbox.retain(|(to, _)| to != who); }
-                    3 => { asked += 1; prop_assert!(router.request(0, 1, &body(), asked).is_ok()); }
+                    3 => { asked += 1; prop_assert!(router.request(0, 1, body(), asked).is_ok()); }
                     4 => { epoch += pick; if epoch > 0 { router.claim(0, epoch, who); } }
                     _ => if let Some((to, request)) = inbox.pop_front() {
                         let reply = if request.epoch < epoch {

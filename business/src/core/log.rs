@@ -31,6 +31,8 @@ use crate::store::{Duplicate, LogEntry, LogRange, Put, ShardBatch, StoreError, T
 const BATCH_OPS_MAX: usize = 512;
 /// How often a watermark that moved is written when nothing else is.
 const WATERMARK_INTERVAL: Duration = Duration::from_secs(5);
+/// How often it is written with something else. What a new owner notifies again for nothing is at most so old.
+const WATERMARK_WITH_BATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// Entries of one fetch.
 const FETCH_ENTRIES_MAX: u32 = 256;
 /// Payload bytes of one fetch.
@@ -57,7 +59,7 @@ pub(super) struct OwnedShard {
     /// After a refused commit.
     write_again_at: Duration,
     watermark_written: u64,
-    watermark_write_at: Duration,
+    watermark_written_at: Duration,
 
     conversations: Map<Arc<str>, Cached<Conversation>>,
     pub(super) rooms: Rooms,
@@ -163,7 +165,7 @@ impl OwnedShard {
             under_way: None,
             write_again_at: now,
             watermark_written: tail.watermark,
-            watermark_write_at: now + WATERMARK_INTERVAL,
+            watermark_written_at: now,
             conversations: Map::default(),
             rooms: Rooms::default(),
             users: Users::new(now),
@@ -612,10 +614,11 @@ impl OwnedShard {
         if self.under_way.is_some() || is_released || now < self.write_again_at {
             return None;
         }
-        let watermark = self.outgoing.watermark(self.head_pos);
-        let watermark_due =
-            watermark > self.watermark_written && (now >= self.watermark_write_at || self.leaving.is_some());
-        if self.ops.is_empty() && !watermark_due {
+        let interval = if self.ops.is_empty() { WATERMARK_INTERVAL } else { WATERMARK_WITH_BATCH_INTERVAL };
+        let is_due = now >= self.watermark_written_at + interval || self.leaving.is_some();
+        let watermark = is_due.then(|| self.outgoing.watermark(self.head_pos));
+        let watermark = watermark.filter(|watermark| *watermark > self.watermark_written);
+        if self.ops.is_empty() && watermark.is_none() {
             return None;
         }
         let mut forming = Forming { pos: self.head_pos, ts_ms: env.now.wall_ms, ..Forming::default() };
@@ -640,7 +643,6 @@ impl OwnedShard {
                 formed.push(Formed::Implied { conversation: id.clone(), user, seq });
             }
         }
-        let watermark = (watermark > self.watermark_written).then_some(watermark);
         // The last batch of a shard that leaves gives it back as well.
         let release = self.ops.is_empty()
             && self.parked.is_empty()
@@ -650,8 +652,10 @@ impl OwnedShard {
         }
         *ops_left = ops_left.saturating_sub(formed.len());
         self.outgoing.watermark_sent = watermark.unwrap_or(0);
+        if watermark.is_some() {
+            self.watermark_written_at = now;
+        }
         self.under_way = Some(formed);
-        self.watermark_write_at = now + WATERMARK_INTERVAL;
         if let Some(leaving) = &mut self.leaving {
             leaving.releasing = release;
         }
@@ -887,7 +891,7 @@ impl OwnedShard {
             let notify = Notify { read_states: vec![state], ..Notify::default() };
             let body = Body { body: Some(body::Body::Notify(notify)) };
             // Full queues drop a hint.
-            let _ = env.router.request(shard, 0, &body, PeerToken::Hint);
+            let _ = env.router.request(shard, 0, body, PeerToken::Hint);
         }
     }
 

@@ -24,6 +24,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use im_proto::control::{Command, Hello, Report, report};
 use im_proto::ids::{MemberId, room_key, shard_of};
 use im_proto::link::reply::Outcome;
@@ -31,7 +32,7 @@ use im_proto::link::{
     Body, ClientFrame, Done, Moved, Owned, Push, Refusal, Refused, Register, Reply, Request, Role, ServerFrame, body,
     client_frame, push, server_frame,
 };
-use im_proto::router::{self, Router};
+use im_proto::router::{self, Router, Sending};
 use prost::Message;
 
 use crate::store::StoreError;
@@ -78,7 +79,7 @@ impl Default for Limits {
             parked_max: 100_000,
             notify_window: 2_048,
             commits_max: 2,
-            commit_spacing: Duration::from_millis(4),
+            commit_spacing: Duration::from_millis(6),
             commit_ops_max: 4_096,
             commit_bytes_max: 4 << 20,
             cached_max: 200_000,
@@ -254,8 +255,44 @@ enum Context {
     Since { shard: u32, epoch: u64 },
 }
 
+/// A request, whoever asks.
+type Asked = Sending<Form>;
+
+/// The body of a request as it came.
+#[derive(Debug)]
+enum Form {
+    /// Over a link.
+    Encoded(Bytes),
+    /// From ourselves.
+    Ours(Arc<Body>),
+}
+
+impl Form {
+    fn read(self) -> Option<body::Body> {
+        match self {
+            Self::Encoded(bytes) => Body::decode(bytes).ok()?.body,
+            Self::Ours(body) => Arc::unwrap_or_clone(body).body,
+        }
+    }
+}
+
+fn asked(request: Request) -> Asked {
+    let Request { id, shard, epoch, body, again, order, oldest } = request;
+    Sending { id, shard, epoch, body: Form::Encoded(body), again, order, oldest }
+}
+
+fn asked_by_us(sending: Sending<Arc<Body>>) -> Asked {
+    let Sending { id, shard, epoch, body, again, order, oldest } = sending;
+    Sending { id, shard, epoch, body: Form::Ours(body), again, order, oldest }
+}
+
+fn for_a_link(sending: Sending<Arc<Body>>) -> Request {
+    let Sending { id, shard, epoch, body, again, order, oldest } = sending;
+    Request { id, shard, epoch, body: body.encode_to_vec().into(), again, order, oldest }
+}
+
 enum Loop {
-    Request(Request),
+    Request(Asked),
     Reply(Reply),
 }
 
@@ -268,7 +305,8 @@ struct Env {
     map_gateways: BTreeSet<MemberId>,
     links: BTreeMap<LinkId, MemberId>,
     gateways: BTreeMap<MemberId, Gateway>,
-    router: Router<PeerToken>,
+    /// Most of what owners ask is asked of themselves.
+    router: Router<PeerToken, Arc<Body>>,
     calls: BTreeMap<u64, Context>,
     next_call: u64,
     next_job: u64,
@@ -476,10 +514,10 @@ impl Core {
             for output in self.env.router.take_outputs() {
                 match output {
                     router::Output::Send(to, request) if to == self.env.me => {
-                        self.env.loopback.push_back(Loop::Request(request))
+                        self.env.loopback.push_back(Loop::Request(asked_by_us(request)))
                     }
                     router::Output::Send(to, request) => {
-                        let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request)) };
+                        let frame = ClientFrame { frame: Some(client_frame::Frame::Request(for_a_link(request))) };
                         self.env.outputs.push(Output::Peer { to, frame });
                     }
                     router::Output::Done(token, outcome) => self.peer_answered(token, outcome),
@@ -541,7 +579,7 @@ impl Core {
 
     fn client_frame(&mut self, link: LinkId, frame: ClientFrame) {
         match frame.frame {
-            Some(client_frame::Frame::Request(request)) => self.request(link, request),
+            Some(client_frame::Frame::Request(request)) => self.request(link, asked(request)),
             Some(client_frame::Frame::Took(through)) => {
                 let Some(gateway) = self.env.links.get(&link).and_then(|peer| self.env.gateways.get_mut(peer)) else {
                     return;
@@ -564,15 +602,15 @@ impl Core {
         }
     }
 
-    fn request(&mut self, link: LinkId, request: Request) {
-        let Request { id, shard, epoch, again, order, oldest, .. } = request;
+    fn request(&mut self, link: LinkId, request: Asked) {
+        let Sending { id, shard, epoch, again, order, oldest, .. } = request;
         let to = ReplyTo { link, id, epoch, again, order, oldest };
         let moved = |destination: &str| {
             Outcome::Moved(Moved { shard, ended: epoch, to: destination.to_owned(), released: false })
         };
         match self.slots.get_mut(&shard) {
             Some(Slot::Owned(owned)) if owned.epoch == epoch && owned.leaving.is_none() => {
-                let Ok(Body { body: Some(body) }) = Body::decode(request.body) else {
+                let Some(body) = request.body.read() else {
                     self.env.stats.malformed += 1;
                     return self.env.refuse(to, Refusal::Invalid, "the request can't be decoded");
                 };

@@ -202,7 +202,7 @@ impl OwnedShard {
                 recipients_shard: part.shard,
             };
             let body = Body { body: Some(body::Body::Notify(notify)) };
-            match env.router.request(part.shard, 0, &body, token) {
+            match env.router.request(part.shard, 0, body, token) {
                 Ok(request) => part.request = Some(request),
                 Err(_) => part.again_at = env.now.mono + RETRY_PAUSE,
             }

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use im_proto::control::{self, Command, Role as ControlRole, ShardEpoch, ShardLoad, command, report};
 use im_proto::ids::MemberId;
-use im_proto::link::{Moved, Owned, OwnedShard as OwnedClaim, Refusal, Request, server_frame};
+use im_proto::link::{Moved, Owned, OwnedShard as OwnedClaim, Refusal, server_frame};
 use im_proto::router::{self, Router};
 
 use super::calls::{StoreAnswer, StoreCall};
 use super::log::OwnedShard;
-use super::{Context, Core, LinkId, Output, owned_at};
+use super::{Asked, Context, Core, LinkId, Output, owned_at};
 use crate::store::{Acquired, Claim, Outcome, Released, ShardRow, StoreError};
 
 /// An owner that the store has not confirmed for so long answers nothing until it has.
@@ -48,7 +48,7 @@ pub(super) struct Acquiring {
     /// Ask (again) at this time; `None` while asked.
     ask_at: Option<Duration>,
     /// Requests of those who learnt from the store's row, by way of the map, that we own it before its answer reached us.
-    pub(super) early: Vec<(LinkId, Request)>,
+    pub(super) early: Vec<(LinkId, Asked)>,
 }
 
 impl Acquiring {

@@ -293,7 +293,7 @@ impl Hub {
         state.viewers_told = viewers;
         let body = Body { body: Some(body::Body::RoomJoin(RoomJoin { room: room.name.to_string(), viewers })) };
         let mut routing = self.routing.lock();
-        if routing.router.request(room.shard, 0, &body, Token::RoomJoined(room.name.clone())).is_err() {
+        if routing.router.request(room.shard, 0, body, Token::RoomJoined(room.name.clone())).is_err() {
             // Asked again by the next viewer; who waits now hears nothing and ends after 10 s.
             state.joining = false;
         }
@@ -363,7 +363,7 @@ impl Hub {
             let body = Body { body: Some(body::Body::RoomLeave(RoomLeave { room: name.to_owned() })) };
             let mut routing = self.routing.lock();
             // An owner that never hears of it stops when the link ends.
-            let _ = routing.router.request(room.shard, 0, &body, Token::Nobody);
+            let _ = routing.router.request(room.shard, 0, body, Token::Nobody);
             self.send_out(&mut routing);
         }
         // What was counted in it still has to be sent.
@@ -517,7 +517,7 @@ impl Hub {
         for (shard, unstored) in counting.by_shard.iter_mut().filter(|(_, unstored)| !unstored.is_asked) {
             let body = Body { body: Some(body::Body::RoomCounts(unstored.counts.clone())) };
             // Without space in the queue it is tried again at the next interval.
-            unstored.is_asked = routing.router.request(*shard, 0, &body, Token::RoomCounts(*shard)).is_ok();
+            unstored.is_asked = routing.router.request(*shard, 0, body, Token::RoomCounts(*shard)).is_ok();
         }
         self.send_out(&mut routing);
     }

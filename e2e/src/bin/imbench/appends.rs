@@ -13,6 +13,7 @@ use im_proto::link::{Body, ClientFrame, Role, Send as SendMessage, body, client_
 use im_proto::links::{LinkEvent, LinkPool};
 use im_proto::router::{self, Router};
 use parking_lot::Mutex;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -63,8 +64,11 @@ pub async fn postgres(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome
     Ok(())
 }
 
+/// Asks it to end, so that its file has what its journal has.
 async fn end(mut member: tokio::process::Child) -> Outcome {
-    member.kill().await?;
+    let id = member.id().and_then(|id| Pid::from_raw(id.cast_signed())).ok_or("the store member ended by itself")?;
+    kill_process(id, Signal::TERM)?;
+    member.wait().await?;
     Ok(())
 }
 
@@ -201,7 +205,7 @@ impl Driver {
                 match output {
                     router::Output::Send(member, request) => {
                         to = Some(member);
-                        frames.push(ClientFrame { frame: Some(client_frame::Frame::Request(request)) });
+                        frames.push(ClientFrame { frame: Some(client_frame::Frame::Request(request.into())) });
                     }
                     router::Output::Done(slot, answer) => {
                         match answer {
@@ -252,7 +256,7 @@ impl Driven {
             ..SendMessage::default()
         };
         // Each connection of a gateway is a group of its own.
-        if self.router.request(shard, slot + 1, &Body { body: Some(body::Body::Send(send)) }, slot).is_err() {
+        if self.router.request(shard, slot + 1, Body { body: Some(body::Body::Send(send)) }, slot).is_err() {
             self.refused += 1;
         }
     }
