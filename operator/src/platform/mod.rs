@@ -152,6 +152,11 @@ impl View {
     pub fn process(&self, name: &str) -> Option<&Process> {
         self.processes.iter().find(|process| process.name == name)
     }
+
+    /// The members of a tier, the oldest first.
+    pub fn of_tier(&self, tier: Tier) -> impl Iterator<Item = &Process> {
+        self.processes.iter().filter(move |process| process.role == tier.role())
+    }
 }
 
 /// What survives the leader's own end: the map, and where its owners listen.
