@@ -4,6 +4,11 @@
 //! Helm is `$HELM`, the `helm` on PATH, or the one that the end-to-end cluster built. Where there is none these tests are skipped,
 //! loudly, unless `REQUIRE_HELM` is set. The same goes for promtool (Debian's package `prometheus`).
 
+use im_operator::control::{Clusters, Leadership, Setup};
+use im_operator::controller::http::Metrics;
+use im_operator::controller::keeper::Shared;
+use im_operator::controller::pods::Surroundings;
+use im_operator::platform::kubernetes::World;
 use prometheus_client::registry::Registry;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,6 +16,7 @@ use std::error::Error;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use tokio::sync::watch;
 
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
@@ -391,14 +397,29 @@ fn find<'a>(value: &'a Value, name: &str, found: &mut Vec<&'a str>) {
     }
 }
 
+/// What an operator registers when it starts; nobody is asked anything.
+fn operator_registry() -> TestResult<Registry> {
+    let client = kube::Client::try_from(kube::Config::new("http://127.0.0.1:1".parse()?))?;
+    let surroundings = Surroundings { image: String::new(), control_service: String::new() };
+    let (_leads, leadership) = watch::channel(Leadership::Leading);
+    let shared = Shared {
+        world: World::new(client, surroundings),
+        clusters: Clusters::new(leadership),
+        metrics: Metrics::default(),
+        setup: Setup::default(),
+        reporter: String::new(),
+    };
+    Ok(shared.registry())
+}
+
 /// Every series that a gateway, a business member and an operator export, as they export it.
 fn exported() -> TestResult<BTreeSet<String>> {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(im_business::metrics::Metrics::default()));
-    registry.register_collector(Box::new(im_operator::cluster_metrics::ClusterMetrics::default()));
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry)?;
     text += &im_gateway::metrics::Metrics::new().render();
+    prometheus_client::encoding::text::encode(&mut text, &operator_registry()?)?;
     let mut names = BTreeSet::new();
     for line in text.lines() {
         let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) else { continue };
@@ -425,8 +446,8 @@ fn series_of(expression: &str) -> BTreeSet<String> {
     words.filter(|word| word.starts_with("im_") || word.starts_with("imcluster_")).map(str::to_owned).collect()
 }
 
-#[test]
-fn alerts_and_dashboard_use_series_that_exist() -> TestResult {
+#[tokio::test]
+async fn alerts_and_dashboard_use_series_that_exist() -> TestResult {
     let exported = exported()?;
     let (alerts, dashboard) = (Value::from(alerts()?), dashboard()?);
     let mut expressions = Vec::new();

@@ -4,7 +4,6 @@
 //! Architecture invariant: nothing in `autoscale`, `shards` and `control::tiers` does I/O or reads a clock.
 
 pub mod autoscale;
-pub mod cluster_metrics;
 pub mod console;
 pub mod control;
 pub mod controller;

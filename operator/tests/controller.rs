@@ -10,11 +10,12 @@ use im_operator::controller::accepted::Accepted;
 use im_operator::controller::http::Metrics;
 use im_operator::controller::keeper::Shared;
 use im_operator::controller::pods::Surroundings;
-use im_operator::controller::reconcile::{Context, reconcile};
+use im_operator::controller::reconcile::{Context, key_of, reconcile};
 use im_operator::platform::kubernetes::{KubernetesPlatform, World};
 use im_operator::platform::{Platform, PlatformError, StoredMap, Tier};
 use kube::Client;
 use kube::core::DeserializeGuard;
+use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -49,15 +50,29 @@ fn world(client: Client) -> Arc<World> {
 
 /// A leading operator. The sender keeps it leading.
 async fn operator() -> (ApiServer, Arc<Context>, watch::Sender<Leadership>) {
+    let (api, shared, leads) = leader().await;
+    (api, Arc::new(Context::new(shared)), leads)
+}
+
+async fn leader() -> (ApiServer, Arc<Shared>, watch::Sender<Leadership>) {
     let (api, client) = ApiServer::start().await;
     let (leads, leadership) = watch::channel(Leadership::Leading);
     let shared = Shared {
         world: world(client),
         clusters: Clusters::new(leadership),
+        metrics: Metrics::default(),
         setup: Setup::default(),
         reporter: "operator-0".to_owned(),
     };
-    (api, Arc::new(Context::new(Arc::new(shared), Metrics::default())), leads)
+    shared.metrics.statuses.set_leading(true);
+    (api, Arc::new(shared), leads)
+}
+
+/// What Prometheus would scrape, line by line.
+fn exported(registry: &Registry) -> Vec<String> {
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, registry).expect("written to memory");
+    text.lines().map(str::to_owned).collect()
 }
 
 /// Waits until the server's state is as it should be.
@@ -137,6 +152,21 @@ async fn the_first_reconcile_makes_everything_and_the_next_one_nothing() {
     api.put(path, service);
     reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
     assert_eq!(api.take_writes().into_iter().filter(of_reconcile).collect::<Vec<_>>(), ["PATCH services/chat"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn how_each_imcluster_is_can_be_scraped_while_it_is_there() {
+    let (api, shared, _leads) = leader().await;
+    let (registry, context) = (shared.registry(), Arc::new(Context::new(shared)));
+    let cluster = object("chat", 1, &minimal());
+    api.put(CLUSTER_PATH, cluster.clone());
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    let of_chat = || exported(&registry).into_iter().filter(|line| line.contains(r#"imcluster="chat""#)).count();
+    assert!(exported(&registry).contains(&"imcluster_leader 1.0".to_owned()));
+    let shards = r#"imcluster_shards{namespace="talk",imcluster="chat"} 4.0"#.to_owned();
+    eventually("its status", || exported(&registry).contains(&shards).then_some(())).await;
+    context.forget(&key_of(&guard(&cluster)));
+    eventually("nothing of it", || (of_chat() == 0).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,6 @@
 //! The operator's own HTTP port: is it alive, what does it wait for, what did it do.
 
+use super::cluster_metrics::ClusterMetrics;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -34,10 +35,10 @@ struct Category {
 pub struct Metrics {
     reconciles: Family<Outcome, Counter>,
     errors: Family<Category, Counter>,
-    /// Whether this replica leads.
-    pub leading: Gauge,
     /// ImClusters that this replica decides for.
     pub clusters: Gauge,
+    /// How each of them is.
+    pub statuses: ClusterMetrics,
 }
 
 impl Metrics {
@@ -46,8 +47,8 @@ impl Metrics {
         let help = "Looks at an ImCluster, by how they ended: done, waiting (on the user), refused, failed";
         registry.register("reconciles", help, self.reconciles.clone());
         registry.register("reconcile_errors", "What the Kubernetes API refused, by category", self.errors.clone());
-        registry.register("leading", "1 while this replica decides", self.leading.clone());
         registry.register("clusters", "ImClusters that this replica decides for", self.clusters.clone());
+        registry.register_collector(Box::new(self.statuses.clone()));
     }
 
     /// A reconcile ended.

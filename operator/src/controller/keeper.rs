@@ -4,6 +4,7 @@
 use super::accepted::{Accepted, MANAGER};
 use super::decide::Problem;
 use super::events::{happenings, publish};
+use super::http::Metrics;
 use super::status::{Situation, is_news, status};
 use crate::control::{Clusters, ControlError, Led, Setup};
 use crate::platform::kubernetes::{KubernetesPlatform, World};
@@ -11,6 +12,7 @@ use im_crds::{ImCluster, ImClusterStatus};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
+use prometheus_client::registry::Registry;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -42,10 +44,23 @@ pub struct Shared {
     pub world: Arc<World>,
     /// Where members are taken to their cluster's loop.
     pub clusters: Arc<Clusters>,
+    /// What is exported of all that.
+    pub metrics: Metrics,
     /// How clusters are led.
     pub setup: Setup,
     /// Who tells events: this pod.
     pub reporter: String,
+}
+
+impl Shared {
+    /// Everything that the operator exports.
+    pub fn registry(&self) -> Registry {
+        let mut registry = Registry::with_prefix("imcluster");
+        self.metrics.register(&mut registry);
+        self.world.register(&mut registry);
+        self.clusters.register(&mut registry);
+        registry
+    }
 }
 
 /// The task of one ImCluster; it ends when this is dropped.
@@ -101,6 +116,15 @@ struct Keeping {
     running: Option<Running>,
     failures: u32,
     retry_at: Instant,
+}
+
+/// Nobody is told about an ImCluster any more that nobody keeps.
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        if let (Some(namespace), Some(name)) = (&self.regarding.namespace, &self.regarding.name) {
+            self.shared.metrics.statuses.remove(namespace, name);
+        }
+    }
 }
 
 impl Keeping {
@@ -169,11 +193,12 @@ impl Keeping {
     async fn show(&mut self, situation: &Situation) {
         let shown = self.running.as_ref().map(|running| running.led.status.borrow().clone());
         let next = status(&self.previous, situation, shown.as_ref(), SystemTime::now());
+        let (Some(namespace), Some(name)) = (&self.regarding.namespace, &self.regarding.name) else { return };
+        self.shared.metrics.statuses.set(namespace, name, &next);
         if !is_news(&self.previous, &next) {
             return;
         }
         let client = self.shared.world.client();
-        let (Some(namespace), Some(name)) = (&self.regarding.namespace, &self.regarding.name) else { return };
         let api: Api<ImCluster> = Api::namespaced(client.clone(), namespace);
         let patch = json!({
             "apiVersion": self.regarding.api_version,

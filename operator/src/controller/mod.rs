@@ -15,6 +15,7 @@
 pub mod accepted;
 pub mod act;
 pub mod children;
+pub mod cluster_metrics;
 pub mod decide;
 pub mod events;
 pub mod http;
@@ -27,7 +28,7 @@ pub mod status;
 
 use crate::control::{Clusters, ControlError, Leadership, Setup, serve};
 use crate::leadership::{self, Identity};
-use crate::platform::kubernetes::World;
+use crate::platform::kubernetes::{World, scoped};
 use accepted::{CLUSTER_LABEL, MANAGED_SELECTOR};
 use futures::stream::{BoxStream, StreamExt, TryStreamExt, select_all};
 use http::Metrics;
@@ -38,7 +39,7 @@ use k8s_openapi::api::core::v1::{Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use keeper::Shared;
-use kube::api::ListParams;
+use kube::api::{ApiResource, DynamicObject, ListParams};
 use kube::core::{DeserializeGuard, PartialObjectMeta};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::controller::{self, ReconcileRequest, applier};
@@ -47,7 +48,6 @@ use kube::runtime::utils::PredicateConfig;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, CustomResourceExt, Resource, ResourceExt};
 use pods::Surroundings;
-use prometheus_client::registry::Registry;
 use reconcile::{Context, key_of, on_error, reconcile};
 use serde::de::DeserializeOwned;
 use std::collections::HashSet;
@@ -152,31 +152,27 @@ async fn work(client: Client, options: &Options, lease_namespace: String, me: Id
     let world = World::new(client.clone(), surroundings);
     let (leads, leadership) = watch::channel(Leadership::Following { leader: None });
     let clusters = Clusters::new(leadership.clone());
-    let metrics = Metrics::default();
-    let mut registry = Registry::with_prefix("imcluster");
-    metrics.register(&mut registry);
-    world.register(&mut registry);
-    clusters.register(&mut registry);
+    let (setup, reporter) = (options.setup.clone(), options.pod_name.clone());
+    let shared = Arc::new(Shared { world, clusters, metrics: Metrics::default(), setup, reporter });
 
     let (waits_for, waits) = watch::channel("the Kubernetes API".to_owned());
     let listener = TcpListener::bind(options.http_address).await.map_err(io(options.http_address.to_string()))?;
-    let router = http::router(registry, waits);
+    let router = http::router(shared.registry(), waits);
     let _http = AbortOnDropHandle::new(tokio::spawn(async move { axum::serve(listener, router).await }));
     wait_for::<ImCluster>(&client, options.namespace.as_deref(), &waits_for).await;
     wait_for::<ShardMap>(&client, options.namespace.as_deref(), &waits_for).await;
     waits_for.send_replace("the list of pods and Deployments".to_owned());
-    let _members = AbortOnDropHandle::new(tokio::spawn(world.clone().run(options.namespace.clone())));
-    world.ready().await;
+    let _members = AbortOnDropHandle::new(tokio::spawn(shared.world.clone().run(options.namespace.clone())));
+    shared.world.ready().await;
     waits_for.send_replace(String::new());
 
     let listener = TcpListener::bind(options.control_address).await.map_err(io(options.control_address.to_string()))?;
-    let control = serve(clusters.clone(), listener);
+    let control = serve(shared.clusters.clone(), listener);
     let election = leadership::run(client.clone(), lease_namespace, LEASE.to_owned(), me, leads);
     let _election = AbortOnDropHandle::new(tokio::spawn(election));
-    let shared = Arc::new(Shared { world, clusters, setup: options.setup.clone(), reporter: options.pod_name.clone() });
     tokio::select! {
         ended = control => Ok(ended?),
-        () = lead_when_it_is_ours(leadership, shared, metrics, options.namespace.clone()) => Ok(()),
+        () = lead_when_it_is_ours(leadership, shared, options.namespace.clone()) => Ok(()),
     }
 }
 
@@ -189,10 +185,7 @@ where
         + DeserializeOwned
         + Debug,
 {
-    let api: Api<DeserializeGuard<K>> = match namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
-    };
+    let api: Api<DeserializeGuard<K>> = scoped(client, namespace);
     loop {
         let name = K::crd_name();
         let waits = match api.list_metadata(&ListParams::default().limit(1)).await {
@@ -216,16 +209,16 @@ where
 async fn lead_when_it_is_ours(
     mut leadership: watch::Receiver<Leadership>,
     shared: Arc<Shared>,
-    metrics: Metrics,
     namespace: Option<String>,
 ) {
+    let metrics = &shared.metrics;
     loop {
-        metrics.leading.set(0);
+        metrics.statuses.set_leading(false);
         if leadership.wait_for(|leadership| *leadership == Leadership::Leading).await.is_err() {
             return;
         }
-        metrics.leading.set(1);
-        let context = Arc::new(Context::new(shared.clone(), metrics.clone()));
+        metrics.statuses.set_leading(true);
+        let context = Arc::new(Context::new(shared.clone()));
         tokio::select! {
             // With the context every keeper, and with it every loop that decides, is dropped.
             () = reconcile_all(context, namespace.clone()) => return,
@@ -250,7 +243,7 @@ async fn reconcile_all(context: Arc<Context>, namespace: Option<String>) {
     let client = context.client().clone();
     let (store, writer) = reflector::store::<DeserializeGuard<ImCluster>>();
     let (seen, forgets) = (store.clone(), context.clone());
-    let clusters = reflector(writer, watcher(api(&client, namespace.as_deref()), watcher::Config::default()))
+    let clusters = reflector(writer, watcher(scoped(&client, namespace.as_deref()), watcher::Config::default()))
         .default_backoff()
         .inspect_ok(move |event| match event {
             Event::Delete(object) => forgets.forget(&key_of(object)),
@@ -266,11 +259,11 @@ async fn reconcile_all(context: Arc<Context>, namespace: Option<String>) {
         .map_ok(|object| Request::from(ObjectRef::from_obj(&object)));
     let requests = select_all([
         clusters.boxed(),
-        children::<Service>(&client, namespace.as_deref()),
-        children::<ServiceAccount>(&client, namespace.as_deref()),
-        children::<StatefulSet>(&client, namespace.as_deref()),
-        children::<PodDisruptionBudget>(&client, namespace.as_deref()),
-        children::<NetworkPolicy>(&client, namespace.as_deref()),
+        children(&client, namespace.as_deref(), &ApiResource::erase::<Service>(&())),
+        children(&client, namespace.as_deref(), &ApiResource::erase::<ServiceAccount>(&())),
+        children(&client, namespace.as_deref(), &ApiResource::erase::<StatefulSet>(&())),
+        children(&client, namespace.as_deref(), &ApiResource::erase::<PodDisruptionBudget>(&())),
+        children(&client, namespace.as_deref(), &ApiResource::erase::<NetworkPolicy>(&())),
     ]);
     let config = controller::Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE);
     let look = |object, context| Box::pin(reconcile(object, context));
@@ -286,29 +279,18 @@ async fn reconcile_all(context: Arc<Context>, namespace: Option<String>) {
         .await;
 }
 
-fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
-where
-    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
-{
-    match namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
-    }
-}
-
 /// The ImCluster of each child of that kind that changes, or goes.
-fn children<K>(client: &Client, namespace: Option<&str>) -> BoxStream<'static, Result<Request, watcher::Error>>
-where
-    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
-        + Clone
-        + DeserializeOwned
-        + Debug
-        + Send
-        + Sync
-        + 'static,
-{
+fn children(
+    client: &Client,
+    namespace: Option<&str>,
+    kind: &ApiResource,
+) -> BoxStream<'static, Result<Request, watcher::Error>> {
     let ours = watcher::Config::default().labels(&format!("{MANAGED_SELECTOR},{CLUSTER_LABEL}"));
-    watcher(api::<PartialObjectMeta<K>>(client, namespace), ours)
+    let api: Api<PartialObjectMeta<DynamicObject>> = match namespace {
+        Some(namespace) => Api::namespaced_with(client.clone(), namespace, kind),
+        None => Api::all_with(client.clone(), kind),
+    };
+    watcher(api, ours)
         .default_backoff()
         .touched_objects()
         .try_filter_map(|child| async move {

@@ -4,7 +4,6 @@ use super::accepted::Accepted;
 use super::act::{Memory, act};
 use super::children::token_of;
 use super::decide::{Problem, decide};
-use super::http::Metrics;
 use super::keeper::{Keeper, Order, Shared};
 use super::members::LINK_TOKEN;
 use super::observe::observe;
@@ -66,7 +65,6 @@ pub fn category(error: &kube::Error) -> &'static str {
 /// What all reconciles share while this replica leads. Dropping it ends every [`Keeper`].
 pub struct Context {
     shared: Arc<Shared>,
-    metrics: Metrics,
     memory: Memory,
     keepers: Mutex<HashMap<ClusterKey, Keeper>>,
     /// How often in a row something was in the way.
@@ -75,8 +73,8 @@ pub struct Context {
 
 impl Context {
     /// No ImCluster is known yet.
-    pub fn new(shared: Arc<Shared>, metrics: Metrics) -> Self {
-        Self { shared, metrics, memory: Memory::default(), keepers: Mutex::default(), troubles: Mutex::default() }
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, memory: Memory::default(), keepers: Mutex::default(), troubles: Mutex::default() }
     }
 
     /// The API.
@@ -109,7 +107,7 @@ impl Context {
                 keepers.insert(key.clone(), Keeper::start(self.shared.clone(), regarding, previous, order));
             }
         }
-        self.metrics.clusters.set(i64::try_from(keepers.len()).unwrap_or(i64::MAX));
+        self.shared.metrics.clusters.set(i64::try_from(keepers.len()).unwrap_or(i64::MAX));
     }
 
     /// How long to wait after something was in the way once more.
@@ -148,7 +146,7 @@ pub async fn reconcile(
         let problem = Some(Problem { reason, message });
         let situation = Situation { generation, problem, ..Situation::default() };
         context.order(&key, regarding.clone(), previous, Order { situation, run: None });
-        context.metrics.reconciled("refused");
+        context.shared.metrics.reconciled("refused");
         Ok(Action::await_change())
     };
     let cluster = match &object.0 {
@@ -184,7 +182,7 @@ pub async fn reconcile(
         let acted = act(world.client(), &accepted, decision, &context.memory, |kind| world.wrote(kind)).await;
         token = token.or_else(|| token_of(acted.tokens.as_ref(), LINK_TOKEN));
         for error in &acted.errors {
-            context.metrics.failed(category(&error.source));
+            context.shared.metrics.failed(category(&error.source));
             tracing::warn!("{key}: {error}");
         }
         if let Some(error) = acted.errors.first() {
@@ -197,17 +195,17 @@ pub async fn reconcile(
     let run = if blocked { None } else { token.map(|token| (accepted, token)) };
     context.order(&key, regarding, cluster.status.clone(), Order { situation, run });
     if trouble {
-        context.metrics.reconciled("waiting");
+        context.shared.metrics.reconciled("waiting");
         return Ok(Action::requeue(context.pause(&key)));
     }
     context.troubles.lock().remove(&key);
-    context.metrics.reconciled("done");
+    context.shared.metrics.reconciled("done");
     Ok(Action::requeue(if rolling { LOOK_WHILE_ROLLING } else { LOOK_AGAIN }))
 }
 
 /// When to try again what failed.
 pub fn on_error(object: Arc<DeserializeGuard<ImCluster>>, error: &ReconcileError, context: Arc<Context>) -> Action {
-    context.metrics.failed(error.category());
-    context.metrics.reconciled("failed");
+    context.shared.metrics.failed(error.category());
+    context.shared.metrics.reconciled("failed");
     Action::requeue(context.pause(&key_of(&object)))
 }

@@ -262,7 +262,7 @@ fn drain(member: &control::MemberStatus) -> Option<DrainStatus> {
     let control::DrainStatus { held_at_start, held, seconds_left } = member.drain?;
     // Who comes in addition does not make it go backwards.
     let gone = held_at_start.saturating_sub(held);
-    let percent_done = (gone * 100).checked_div(held_at_start).map_or(100, |percent| percent.min(100) as u32);
+    let percent_done = gone.saturating_mul(100).checked_div(held_at_start).map_or(100, |percent| percent.min(100) as u32);
     Some(DrainStatus { member: member.name.clone(), held_at_start, percent_done, seconds_left })
 }
 
@@ -296,7 +296,7 @@ impl<'a> Meaning<'a> {
         };
         let tier = |tier: &'a TierStatus| (tier.replicas, tier.ready, tier.desired, tier.members.as_slice());
         let drain = |drain: &'a DrainStatus| {
-            (drain.member.as_str(), drain.percent_done / 10, drain.seconds_left.map(|left| left.next_multiple_of(30)))
+            (drain.member.as_str(), drain.percent_done / 10, drain.seconds_left.map(|left| left.div_ceil(30)))
         };
         let shards = &status.shards;
         Self {

@@ -13,6 +13,7 @@ use crate::controller::pods::{MemberTemplate, Surroundings};
 use facts::{DELETION_COST, DeploymentFacts, Facts, PodFacts, Removal, cluster_of};
 use futures::stream::{Stream, StreamExt};
 use im_crds::{ImCluster, ShardMap, ShardMapSpec};
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -119,17 +120,9 @@ impl World {
 
     /// Watches all members of one namespace, or of all, for ever.
     pub async fn run(self: Arc<Self>, namespace: Option<String>) {
-        fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
-        where
-            K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
-        {
-            match namespace {
-                Some(namespace) => Api::namespaced(client.clone(), namespace),
-                None => Api::all(client.clone()),
-            }
-        }
-        let pods = watcher(api::<Pod>(&self.client, namespace.as_deref()), selected()).default_backoff();
-        let deployments = watcher(api::<Deployment>(&self.client, namespace.as_deref()), selected()).default_backoff();
+        let pods = watcher(scoped::<Pod>(&self.client, namespace.as_deref()), selected()).default_backoff();
+        let deployments =
+            watcher(scoped::<Deployment>(&self.client, namespace.as_deref()), selected()).default_backoff();
         let on_pod = |key: Option<&ClusterKey>, change: Change<'_, Pod>| match (key, change) {
             (Some(key), Change::Is(name, pod)) => self.change(key, |facts| facts.set_pod(name, PodFacts::of(pod))),
             (Some(key), Change::Gone(name, _)) => self.change(key, |facts| facts.set_pod(name, None)),
@@ -249,6 +242,17 @@ impl World {
     }
 }
 
+/// Objects of one kind in one namespace, or in all.
+pub fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
+}
+
 fn selected() -> watcher::Config {
     watcher::Config::default().labels(&format!("{MANAGED_SELECTOR},{CLUSTER_LABEL}"))
 }
@@ -320,7 +324,7 @@ impl KubernetesPlatform {
 
     fn api<K>(&self) -> Api<K>
     where
-        K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
     {
         Api::namespaced(self.world.client.clone(), self.accepted.read().namespace())
     }

@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-/// The state of all ImClusters that this process looks after. Clones share it: one is registered with
-/// [`prometheus_client::registry::Registry::register_collector`], another is kept by whoever writes statuses.
+/// The state of all ImClusters that this process looks after. Clones share it: one is the registry's, another is kept by
+/// whoever writes statuses. Names are those behind the registry's prefix.
 #[derive(Clone, Debug, Default)]
 pub struct ClusterMetrics(Arc<Mutex<State>>);
 
@@ -56,7 +56,7 @@ type Sample = (Vec<(&'static str, String)>, f64);
 type Family = (&'static str, &'static str, fn(&ImClusterStatus) -> Vec<Sample>);
 
 const FAMILIES: [Family; 8] = [
-    ("imcluster_condition", "1 for the status that a condition has, 0 for the two others", |status| {
+    ("condition", "1 for the status that a condition has, 0 for the two others", |status| {
         let all =
             [(ConditionStatus::True, "True"), (ConditionStatus::False, "False"), (ConditionStatus::Unknown, "Unknown")];
         let of_condition = |condition: &im_crds::Condition| {
@@ -68,14 +68,14 @@ const FAMILIES: [Family; 8] = [
         };
         status.conditions.iter().flat_map(of_condition).collect()
     }),
-    ("imcluster_replicas", "Members that run", |status| tiers(status, |tier| tier.replicas)),
-    ("imcluster_replicas_ready", "Members that serve", |status| tiers(status, |tier| tier.ready)),
-    ("imcluster_replicas_desired", "Members that there should be", |status| tiers(status, |tier| tier.desired)),
-    ("imcluster_shards", "Shards in all", |status| one(f64::from(status.shards.total))),
-    ("imcluster_shards_moving", "Shards on their way to another owner", |status| one(f64::from(status.shards.moving))),
-    ("imcluster_shards_unowned", "Shards without an owner", |status| one(f64::from(status.shards.unowned))),
+    ("replicas", "Members that run", |status| tiers(status, |tier| tier.replicas)),
+    ("replicas_ready", "Members that serve", |status| tiers(status, |tier| tier.ready)),
+    ("replicas_desired", "Members that there should be", |status| tiers(status, |tier| tier.desired)),
+    ("shards", "Shards in all", |status| one(f64::from(status.shards.total))),
+    ("shards_moving", "Shards on their way to another owner", |status| one(f64::from(status.shards.moving))),
+    ("shards_unowned", "Shards without an owner", |status| one(f64::from(status.shards.unowned))),
     (
-        "imcluster_watermark_lag_seconds",
+        "watermark_lag_seconds",
         "Age of the oldest message whose recipients were not all notified; none while nobody says",
         |status| status.watermark_lag_seconds.map(one).unwrap_or_default(),
     ),
@@ -94,8 +94,8 @@ impl Collector for ClusterMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let state = self.0.lock();
         let leading = ConstGauge::new(f64::from(u8::from(state.leading)));
-        let help = "1 if this operator leads";
-        leading.encode(encoder.encode_descriptor("imcluster_leader", help, None, MetricType::Gauge)?)?;
+        let help = "1 while this replica decides";
+        leading.encode(encoder.encode_descriptor("leader", help, None, MetricType::Gauge)?)?;
         for (name, help, samples_of) in FAMILIES {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             for ((namespace, cluster), status) in &state.clusters {
@@ -118,7 +118,7 @@ mod tests {
     use prometheus_client::registry::Registry;
 
     fn exported(metrics: &ClusterMetrics) -> Result<Vec<String>, fmt::Error> {
-        let mut registry = Registry::default();
+        let mut registry = Registry::with_prefix("imcluster");
         registry.register_collector(Box::new(metrics.clone()));
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry)?;
