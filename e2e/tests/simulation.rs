@@ -1157,9 +1157,6 @@ impl World {
         };
         for action in actions {
             let (to, command) = match action {
-                Action::Prepare { to, shard, from, epoch } => {
-                    (to, command::Command::Prepare(control::Prepare { shard, epoch, from: from.to_string() }))
-                }
                 Action::Release { by, shard, epoch, to } => {
                     (by, command::Command::Release(control::Release { shard, epoch, to: to.to_string() }))
                 }

@@ -258,8 +258,7 @@ impl Member {
             command::Command::Undrain(_) => self.undrain(),
             command::Command::Shed(shed) => self.shed_at(shed.per_second),
             // Commands to owners of shards.
-            command::Command::Prepare(_)
-            | command::Command::Release(_)
+            command::Command::Release(_)
             | command::Command::CancelRelease(_)
             | command::Command::Acquire(_)
             | command::Command::NotLeader(_) => {}

@@ -341,7 +341,7 @@ async fn join(
                 behaviour.drain_rates.lock().clear();
                 behaviour.undrained.fetch_add(1, Ordering::Relaxed);
             }
-            Command::Prepare(_) | Command::CancelRelease(_) | Command::NotLeader(_) => {}
+            Command::CancelRelease(_) | Command::NotLeader(_) => {}
         }
     }
 }

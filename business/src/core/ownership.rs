@@ -111,8 +111,6 @@ impl Core {
                 }
                 _ => {}
             },
-            // Early requests never come: a sender waits until the new owner says that it acquired.
-            Some(command::Command::Prepare(_)) => {}
             _ => {}
         }
     }

@@ -131,17 +131,6 @@ pub enum Event {
 /// What is to be done. Every command carries the term (see [`Coordinator::version`]).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Tell `to` to expect a shard: warm up and hold early requests.
-    Prepare {
-        /// Owner to be.
-        to: MemberId,
-        /// The shard.
-        shard: Shard,
-        /// Present owner.
-        from: MemberId,
-        /// Present epoch.
-        epoch: u64,
-    },
     /// Tell the owner to finish what is open, send new requests to `to`, and release the row.
     Release {
         /// Present owner.
@@ -284,7 +273,7 @@ impl Coordinator {
 
     /// Begins a term above `heard`.
     pub fn begin_term(&mut self, heard: u64) {
-        self.map.begin_term(heard + 1);
+        self.map.begin_term(heard.saturating_add(1));
     }
 
     /// Ends the listening early: every member there is has been heard.
@@ -654,7 +643,6 @@ impl Coordinator {
                 // A store that refuses the owner's writes would refuse its release, too, and after it perhaps the acquire.
                 Some(from) if from != to && !self.is_lost(now, shard) && self.is_usable(now, &from) => {
                     self.enter(shard, Step::Releasing { to: to.clone(), since: now });
-                    actions.push(Action::Prepare { to: to.clone(), shard, from: from.clone(), epoch });
                     actions.push(Action::Release { by: from, shard, epoch, to });
                 }
                 Some(_) => {}
@@ -892,9 +880,8 @@ mod tests {
     fn a_planned_move_releases_first_and_acquires_then() {
         let mut scene = Scene::new(2, &["a", "b"]);
         let [a, b] = [scene.members[0].clone(), scene.members[1].clone()];
-        let prepare = Action::Prepare { to: b.clone(), shard: 0, from: a.clone(), epoch: 5 };
         let release = Action::Release { by: a.clone(), shard: 0, epoch: 5, to: b.clone() };
-        assert_eq!(scene.run(&[(0, &b)]), [prepare, release]);
+        assert_eq!(scene.run(&[(0, &b)]), [release]);
         let released = Event::Released { shard: 0, epoch: 5, by: a };
         assert_eq!(scene.tell(released.clone()), [acquire(&b, 0, row(5, None))]);
         assert_eq!(scene.tell(released), [], "doubled");
@@ -1126,10 +1113,7 @@ mod tests {
         assert!(scene.coordinator.plan_input(scene.now).is_none(), "the plan has not begun in full");
         scene.tell(Event::Released { shard: 0, epoch: 5, by: a });
         let next = scene.acquired(0, 6, &b);
-        assert!(
-            matches!(next.as_slice(), [Action::Prepare { shard: 4, .. }, Action::Release { shard: 4, .. }]),
-            "{next:?}"
-        );
+        assert!(matches!(next.as_slice(), [Action::Release { shard: 4, .. }]), "{next:?}");
         let input = scene.coordinator.plan_input(scene.now).expect("all has begun");
         let pinned: Vec<usize> = (0..8).filter(|i| input.shards[*i].pinned).collect();
         assert_eq!(pinned, [2, 4]);

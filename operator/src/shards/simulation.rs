@@ -276,7 +276,6 @@ impl World {
         for action in actions {
             let term = self.coordinator.version().term;
             let to = match &action {
-                Action::Prepare { to, .. } => to.clone(),
                 Action::Release { by, shard, .. } => {
                     assert!(self.released_by_plan.insert(*shard), "shard {shard} moved twice within a plan");
                     self.moves_begun += 1;

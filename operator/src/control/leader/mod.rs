@@ -469,9 +469,6 @@ impl<P: Platform> Leader<P> {
         let mut acquires: BTreeMap<MemberId, Vec<wire::ShardRow>> = BTreeMap::new();
         for action in actions {
             match action {
-                Action::Prepare { to, shard, from, epoch } => {
-                    self.send(&to, Command::Prepare(wire::Prepare { shard, epoch, from: from.to_string() }));
-                }
                 Action::Release { by, shard, epoch, to } => {
                     self.send(&by, Command::Release(wire::Release { shard, epoch, to: to.to_string() }));
                 }
