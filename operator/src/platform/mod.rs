@@ -175,11 +175,12 @@ impl StoredMap {
     /// members and the store's rows tell what is: a lost map costs time, never messages.
     pub fn decode(&self, shards: u32) -> Option<(ShardMap, BTreeMap<MemberId, String>)> {
         let damaged = |reason: String| tracing::warn!("the stored shard map is not used: {reason}");
-        let map = ShardMap::from_spec(&self.map).map_err(|error| damaged(error.to_string())).ok()?;
-        if map.shards() != shards {
-            damaged(format!("it has {} shards, the cluster {shards}", map.shards()));
+        // Before its rows take up memory.
+        if self.map.shards != shards {
+            damaged(format!("it has {} shards, the cluster {shards}", self.map.shards));
             return None;
         }
+        let map = ShardMap::from_spec(&self.map).map_err(|error| damaged(error.to_string())).ok()?;
         let links = self.links.iter().filter_map(|(member, link)| Some((MemberId::parse(member).ok()?, link.clone())));
         Some((map, links.collect()))
     }
