@@ -734,6 +734,11 @@ pub enum BuiltIn {
     CpuUtilization,
 }
 
+impl BuiltIn {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Connections, Self::MessagesPerSecond, Self::CpuUtilization];
+}
+
 /// Where a metric should be, for each member on average.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

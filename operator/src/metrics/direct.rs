@@ -8,8 +8,6 @@ use im_crds::BuiltIn;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
-/// Every metric there is.
-const METRICS: [BuiltIn; 3] = [BuiltIn::Connections, BuiltIn::MessagesPerSecond, BuiltIn::CpuUtilization];
 /// The largest page that is read.
 const PAGE_BYTES_MAX: usize = 4 << 20;
 /// A member that takes longer is not measured this time.
@@ -110,7 +108,7 @@ pub fn parse(page: &str) -> Sample {
     let mut sample = Sample::default();
     for line in page.lines() {
         let name = line.split(['{', ' ', '\t']).next().unwrap_or_default();
-        let Some(metric) = METRICS.into_iter().find(|metric| series(*metric) == name) else { continue };
+        let Some(metric) = BuiltIn::ALL.into_iter().find(|metric| series(*metric) == name) else { continue };
         let gauge = sample.slot(metric);
         // A label's value may hold blanks, so the value is what follows the labels' end.
         let rest = match line.rfind('}') {

@@ -119,10 +119,7 @@ impl ScalingMetrics {
 
     /// Notes a decision: how many members `tier` of `cluster` should have, and how far each of its metrics can be trusted.
     pub fn decided(&self, cluster: &str, tier: Tier, replicas: u32, metrics: &[MetricState]) {
-        let tier = match tier {
-            Tier::Gateway => "gateway",
-            Tier::Business => "business",
-        };
+        let tier = tier.role().name();
         let labels = TierLabels { cluster: cluster.to_owned(), tier };
         self.wanted.get_or_create(&labels).set(replicas.into());
         let untrusted = metrics.iter().filter(|state| **state != MetricState::Fresh).count();

@@ -44,11 +44,7 @@ impl Request {
     pub fn of(cluster: &ImCluster, targets: Vec<Target>, asked_at: Duration) -> Self {
         let mut request = Self { asked_at, namespace: cluster.metadata.namespace.clone(), targets, ..Self::default() };
         for tier in Tier::ALL {
-            let scaling = match tier {
-                Tier::Gateway => cluster.spec.gateway.scaling(),
-                Tier::Business => cluster.spec.business.scaling(),
-            };
-            let Scaling::Auto(autoscaling) = scaling else { continue };
+            let Scaling::Auto(autoscaling) = tier.scaling(cluster) else { continue };
             for metric in &autoscaling.metrics {
                 match metric {
                     Metric::BuiltIn(metric) => {

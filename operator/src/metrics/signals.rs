@@ -62,7 +62,7 @@ impl Signals {
             }
         };
         for (member, sample) in &round.direct {
-            for metric in [BuiltIn::Connections, BuiltIn::MessagesPerSecond, BuiltIn::CpuUtilization] {
+            for metric in BuiltIn::ALL {
                 if let Some(value) = sample.get(metric) {
                     learn(metric, member, Known { sample: Sample { value, at: round.asked_at }, directly: true });
                 }

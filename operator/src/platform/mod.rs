@@ -4,7 +4,7 @@ pub mod kubernetes;
 pub mod process;
 
 use crate::shards::ShardMap;
-use im_crds::{ImCluster, ShardMapSpec};
+use im_crds::{ImCluster, Scaling, ShardMapSpec};
 use im_proto::ids::MemberId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -27,14 +27,21 @@ pub enum Role {
     Gateway,
 }
 
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Role {
+    /// In lower case, as in configurations and labels.
+    pub const fn name(self) -> &'static str {
+        match self {
             Self::Control => "control",
             Self::Store => "store",
             Self::Business => "business",
             Self::Gateway => "gateway",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -66,6 +73,22 @@ impl Tier {
         match self {
             Self::Gateway => Role::Gateway,
             Self::Business => Role::Business,
+        }
+    }
+
+    /// How many members it is to have in that cluster.
+    pub fn scaling(self, cluster: &ImCluster) -> Scaling<'_> {
+        match self {
+            Self::Gateway => cluster.spec.gateway.scaling(),
+            Self::Business => cluster.spec.business.scaling(),
+        }
+    }
+
+    /// Members that may be added in that cluster while outdated ones are replaced.
+    pub fn surge(self, cluster: &ImCluster) -> u32 {
+        match self {
+            Self::Gateway => cluster.spec.gateway.surge,
+            Self::Business => cluster.spec.business.surge,
         }
     }
 }

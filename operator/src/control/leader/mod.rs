@@ -17,7 +17,7 @@ use crate::metrics::round::Connector;
 use crate::metrics::{self, Round, ScalingMetrics, Signals};
 use crate::platform::{Platform, PlatformError, Process, ProcessState, StoredMap, Tier, View};
 use crate::shards::{Action, Coordinator, Event, Ownership, ShardMap, Timing};
-use im_crds::{ImCluster, Scaling};
+use im_crds::ImCluster;
 use im_proto::control::{self as wire, Role as WireRole, command::Command};
 use im_proto::ids::MemberId;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -566,13 +566,6 @@ impl<P: Platform> Leader<P> {
 
     fn key(&self) -> ClusterKey {
         ClusterKey::of(&self.cluster)
-    }
-}
-
-fn scaling(cluster: &ImCluster, tier: Tier) -> Scaling<'_> {
-    match tier {
-        Tier::Gateway => cluster.spec.gateway.scaling(),
-        Tier::Business => cluster.spec.business.scaling(),
     }
 }
 

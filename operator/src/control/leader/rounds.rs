@@ -4,14 +4,14 @@ use super::super::proposal::{APPROVE_ANNOTATION, Change, Content, Verdict};
 use super::super::scaling::{Observed, clock};
 use super::super::status::rfc3339;
 use super::super::tiers::{Stage, Step, TierMember, next_steps};
-use super::{Acts, Done, Leader, Leaving, Link, Order, scaling, within};
+use super::{Acts, Done, Leader, Leaving, Link, Order, within};
 use crate::autoscale::{Member, MemberState};
 use crate::metrics::round::{Answers, Connector};
 use crate::metrics::{Endpoint, Request, Round, Target, measure};
 use crate::platform::process::STOP_GRACE;
 use crate::platform::{Platform, Process, ProcessState, Tier};
 use crate::shards::{Event, Move, Plan, Proposed, Snapshot, plan};
-use im_crds::{ImCluster, Mode};
+use im_crds::Mode;
 use im_proto::ids::MemberId;
 use std::time::{Duration, SystemTime};
 
@@ -55,7 +55,7 @@ impl<P: Platform> Leader<P> {
             let serves = |member: &TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
             let rolling = members.iter().any(|member| member.outdated && serves(member));
             let observed = Observed { tier, members: &self.observed(tier), ordered, rolling, signals: &self.signals };
-            self.tiers[tier].scaler.decide(now, scaling(&self.cluster, tier), &observed)
+            self.tiers[tier].scaler.decide(now, tier.scaling(&self.cluster), &observed)
         };
         self.counts.decided(&self.key().0, tier, wanted.replicas, &wanted.metrics);
         if self.tiers[tier].wanted.replicas != wanted.replicas {
@@ -63,7 +63,7 @@ impl<P: Platform> Leader<P> {
             self.tell(format!("{tier}: {} wanted{because}", wanted.replicas));
         }
         let change = proposed_change(tier, wanted.replicas, &members, ordered);
-        let (surge, initial) = (surge(&self.cluster, tier), scaling(&self.cluster, tier).initial());
+        let (surge, initial) = (tier.surge(&self.cluster), tier.scaling(&self.cluster).initial());
         // Somebody has to be there before anything can be paused or recommended.
         let steps = match acts {
             _ if self.tiers[tier].acting => vec![],
@@ -109,7 +109,7 @@ impl<P: Platform> Leader<P> {
                 self.tell(format!("{tier}: what was approved {how}"));
             }
         }
-        next_steps(tier, target, surge(&self.cluster, tier), &members, ordered)
+        next_steps(tier, target, tier.surge(&self.cluster), &members, ordered)
     }
 
     /// Lets planned moves wait while the store refuses writes: each begins and ends with one.
@@ -394,14 +394,6 @@ impl<P: Platform> Leader<P> {
             Member { name: process.name.clone(), state }
         });
         observed.collect()
-    }
-}
-
-/// Members that may be added while outdated ones are replaced.
-fn surge(cluster: &ImCluster, tier: Tier) -> u32 {
-    match tier {
-        Tier::Gateway => cluster.spec.gateway.surge,
-        Tier::Business => cluster.spec.business.surge,
     }
 }
 

@@ -4,7 +4,7 @@ use super::super::status::{
     DrainStatus, FileStatus, MOVES_LISTED_MAX, MemberStatus, MoveStatus, Proposal, Shards, Status, TierStatus, Tiers,
     member_state, no_message_lost, rfc3339,
 };
-use super::{Leader, TierState, scaling};
+use super::{Leader, TierState};
 use crate::platform::{Platform, ProcessState, Tier};
 use crate::shards::Snapshot;
 use crate::shards::moves::Phase;
@@ -39,7 +39,7 @@ impl<P: Platform> Leader<P> {
     }
 
     fn show_tier(&self, tier: Tier, state: &TierState, snapshot: &Snapshot) -> TierStatus {
-        let (min, max) = match scaling(&self.cluster, tier) {
+        let (min, max) = match tier.scaling(&self.cluster) {
             Scaling::Fixed(replicas) => (replicas, replicas),
             Scaling::Auto(autoscaling) => (autoscaling.min_replicas, autoscaling.max_replicas),
         };
