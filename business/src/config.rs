@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+pub use im_proto::process::Identity;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -35,37 +36,6 @@ pub enum ConfigError {
         /// With this after it, the field that names the file which holds it.
         suffix: &'static str,
     },
-}
-
-/// What tells one member from another with the same configuration. What is given overrides the configuration.
-#[derive(Debug, Clone, Default, clap::Args)]
-pub struct Identity {
-    /// The member's name.
-    #[arg(long)]
-    pub name: Option<String>,
-    /// What tells this process from another one of its name [default: the process id]
-    #[arg(long)]
-    pub instance: Option<String>,
-    /// The host at which other processes reach this one [default: the address listened on]
-    #[arg(long)]
-    pub advertise: Option<String>,
-}
-
-impl Identity {
-    /// What tells this process from another one of its name.
-    pub fn instance(&self) -> String {
-        self.instance.clone().unwrap_or_else(|| std::process::id().to_string())
-    }
-
-    /// Where others reach what listens here, host:port.
-    pub fn advertised(&self, listening: SocketAddr) -> String {
-        match &self.advertise {
-            // An IPv6 address needs its brackets.
-            Some(host) if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{}", listening.port()),
-            Some(host) => format!("{host}:{}", listening.port()),
-            None => listening.to_string(),
-        }
-    }
 }
 
 /// A business member.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use im_proto::process::Identity;
 use serde::Deserialize;
 
 use crate::hub::RoomsConfig;
@@ -31,20 +32,6 @@ pub enum ConfigError {
     /// A value that can't be right.
     #[error("{0}")]
     Invalid(String),
-}
-
-/// What tells one gateway from another with the same configuration. What is given overrides the configuration.
-#[derive(Debug, Clone, Default, clap::Args)]
-pub struct Identity {
-    /// The member's name.
-    #[arg(long)]
-    pub name: Option<String>,
-    /// What tells this process from another one of its name [default: the process id]
-    #[arg(long)]
-    pub instance: Option<String>,
-    /// The host at which other processes reach this one [default: the address listened on]
-    #[arg(long)]
-    pub advertise: Option<String>,
 }
 
 /// One gateway.
@@ -261,21 +248,6 @@ impl Config {
         Ok(Some(text.trim().to_owned()))
     }
 
-    /// What tells this process from another one of its name.
-    pub fn instance(&self) -> String {
-        self.identity.instance.clone().unwrap_or_else(|| std::process::id().to_string())
-    }
-
-    /// Where others reach what listens here, host:port.
-    pub fn advertised(&self, listening: SocketAddr) -> String {
-        match &self.identity.advertise {
-            // An IPv6 address needs its brackets.
-            Some(host) if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{}", listening.port()),
-            Some(host) => format!("{host}:{}", listening.port()),
-            None => listening.to_string(),
-        }
-    }
-
     fn check(&self) -> Result<(), ConfigError> {
         let invalid = |text: &str| Err(ConfigError::Invalid(text.to_owned()));
         let limits = &self.limits;
@@ -356,13 +328,6 @@ mod tests {
         assert!(error.contains("limit"), "{error}");
         let both = Config { link_token: Some("x".into()), link_token_file: Some("y".into()), ..config.clone() };
         assert!(both.check().is_err());
-        let listening = "0.0.0.0:9090".parse().expect("an address");
-        for (advertise, expected) in
-            [(None, "0.0.0.0:9090"), (Some("10.0.0.7"), "10.0.0.7:9090"), (Some("fd00::7"), "[fd00::7]:9090")]
-        {
-            let identity = Identity { advertise: advertise.map(str::to_owned), ..Identity::default() };
-            assert_eq!(Config { identity, ..config.clone() }.advertised(listening), expected);
-        }
         let both = r#"{"jwt":{"keysFile":"a","jwksFile":"b"}}"#;
         let config = Config { auth: serde_json::from_str(both).expect("parses"), ..config };
         assert!(config.check().is_err());

@@ -75,7 +75,7 @@ pub fn start(config: &Config) -> Result<Running, StartError> {
     let api = Arc::new(Api::new(gateway.clone()));
     let admin = http::spawn_admin(&api, config.admin.address)?;
     let http = config.http.as_ref().map(|at| http::spawn_public(&api, at.address)).transpose()?;
-    let identity = Identity { instance: config.instance(), admin_address: config.advertised(admin) };
+    let identity = Identity { instance: config.identity.instance(), admin_address: config.identity.advertised(admin) };
     let member = Member::new(gateway.clone(), identity);
     let dialer = ControlDialer::new(config.control.clone(), config.cluster.as_deref(), token.as_deref());
     tokio::spawn(member.clone().stay_joined(dialer));

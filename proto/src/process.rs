@@ -1,6 +1,38 @@
-//! What a process knows of itself; for the metrics of all tiers.
+//! What a process knows of itself, whatever its tier: who it is, and the CPU time that it used.
 
+use std::net::SocketAddr;
 use std::time::Duration;
+
+/// What tells one member from another with the same configuration. What is given overrides the configuration.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Identity {
+    /// The member's name.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// What tells this process from another one of its name [default: the process id]
+    #[arg(long)]
+    pub instance: Option<String>,
+    /// The host at which other processes reach this one [default: the address listened on]
+    #[arg(long)]
+    pub advertise: Option<String>,
+}
+
+impl Identity {
+    /// What tells this process from another one of its name.
+    pub fn instance(&self) -> String {
+        self.instance.clone().unwrap_or_else(|| std::process::id().to_string())
+    }
+
+    /// Where others reach what listens here, host:port.
+    pub fn advertised(&self, listening: SocketAddr) -> String {
+        match &self.advertise {
+            // An IPv6 address needs its brackets.
+            Some(host) if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{}", listening.port()),
+            Some(host) => format!("{host}:{}", listening.port()),
+            None => listening.to_string(),
+        }
+    }
+}
 
 /// CPU time that this process has used so far, user and system; zero where there is no `/proc`.
 pub fn cpu_time() -> Duration {
@@ -21,6 +53,17 @@ fn ticks(stat: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn others_reach_it_at_the_advertised_host() {
+        let listening = "0.0.0.0:9090".parse().expect("an address");
+        for (advertise, expected) in
+            [(None, "0.0.0.0:9090"), (Some("10.0.0.7"), "10.0.0.7:9090"), (Some("fd00::7"), "[fd00::7]:9090")]
+        {
+            let identity = Identity { advertise: advertise.map(str::to_owned), ..Identity::default() };
+            assert_eq!(identity.advertised(listening), expected);
+        }
+    }
 
     #[test]
     fn the_fields_are_found_behind_any_command() {
