@@ -455,25 +455,15 @@ async fn change_members(
 }
 
 /// Removes a member (or oneself: leaves).
-#[utoipa::path(delete, path = "/v1/groups/{group}/members/{user}", responses((status = 200, body = GroupView)), params(("group" = String, Path), ("user" = String, Path)))]
+#[utoipa::path(delete, path = "/v1/groups/{group}/members/{user}", responses((status = 204)), params(("group" = String, Path), ("user" = String, Path)))]
 async fn remove_member(
     State(api): Shared,
     caller: Caller,
     Path((group, user)): Path<(String, String)>,
 ) -> Result<StatusCode, Problem> {
-    let conversation = ids::group_conversation(&name(group)?);
-    let remove = vec![name(user)?];
-    let change = GroupChange {
-        conversation: conversation.clone(),
-        actor: caller.actor(),
-        key: random_key(),
-        remove,
-        ..GroupChange::default()
-    };
-    match api.hub().ask(&conversation, body::Body::GroupChange(change)).await? {
-        Outcome::Group(_) => Ok(StatusCode::NO_CONTENT),
-        outcome => Err(problem_of(outcome)),
-    }
+    let _view =
+        change_group(&api, group, &caller, GroupChange { remove: vec![user], ..GroupChange::default() }).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 // ---- messages ---------------------------------------------------------------------------------------------------------
