@@ -9,6 +9,9 @@ need cc build-essential
 need mosquitto mosquitto
 need mosquitto_pub mosquitto-clients
 need python3 python3
+need curl curl
+# Debian has virtual environments in a package of their own.
+python3 -c "import ensurepip" 2>/dev/null || packages+=(python3-venv)
 need npm npm
 need prometheus prometheus
 [ -x /usr/lib/postgresql/15/bin/postgres ] || compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || packages+=(postgresql)

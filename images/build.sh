@@ -2,7 +2,7 @@
 # Builds the image of imcluster, im-gateway and im-business.
 #
 #   build.sh [TAG]            with docker or buildah, by the Dockerfile; where neither answers, a docker-archive with the same
-#                             content, .run/images/imcluster.tar.
+#                             content, .run/images/imcluster.tar. Without TAG it is the image that the chart asks for.
 #   build.sh --dev OUT TAG    a docker-archive OUT of the development build that tests share, with the few libraries that its
 #                             programs are linked to. It costs no second compilation, and is not for production.
 #
@@ -38,7 +38,7 @@ if [ "${1:-}" = --dev ]; then
     exit
 fi
 
-tag="${1:-imcluster:latest}"
+tag="${1:-imcluster:$(sed -n 's/^appVersion: "\(.*\)"$/\1/p' charts/imcluster/Chart.yaml)}"
 if docker info >/dev/null 2>&1; then
     docker build --file images/Dockerfile --tag "$tag" .
 elif command -v buildah >/dev/null; then
