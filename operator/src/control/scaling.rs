@@ -213,26 +213,27 @@ mod tests {
         Round { asked_at: clock(at), prometheus: Some(answers), direct }
     }
 
-    /// Keeps for each input when its latest value is from: what the judge knows, without the code under test.
+    /// Keeps for each input when its latest value is from: what the judge knows, without the code under test. A value may be
+    /// from before the first second.
     #[derive(Default)]
     struct Judge {
-        members: BTreeMap<u8, u64>,
-        query: Option<u64>,
+        members: BTreeMap<u8, i64>,
+        query: Option<i64>,
         young: bool,
     }
 
     impl Judge {
-        fn see(&mut self, weather: &Weather, second: u64, members: u8) {
+        fn see(&mut self, weather: &Weather, second: i64, members: u8) {
             for i in 0..members {
                 let by_prometheus = match weather.prometheus {
-                    Sky::Clear { age } => second.checked_sub(age),
+                    Sky::Clear { age } => Some(second - age as i64),
                     Sky::Cloudy { known } => (known >> i & 1 == 1).then_some(second),
                     Sky::Restarted { .. } => Some(second),
                     Sky::Empty | Sky::Dark => None,
                 };
                 let directly = (weather.scraped >> i & 1 == 1).then_some(second);
                 if let Some(latest) = by_prometheus.max(directly) {
-                    let known = self.members.entry(i).or_default();
+                    let known = self.members.entry(i).or_insert(latest);
                     *known = latest.max(*known);
                 }
             }
@@ -245,10 +246,19 @@ mod tests {
             self.young = matches!(weather.prometheus, Sky::Restarted { ago } if Duration::from_secs(ago) < crate::autoscale::SOURCE_SETTLES);
         }
 
-        fn knows_all(&self, second: u64, members: u8) -> bool {
-            let fresh = |at: Option<&u64>| at.is_some_and(|at| second - at <= 30);
+        fn knows_all(&self, second: i64, members: u8) -> bool {
+            let fresh = |at: Option<&i64>| at.is_some_and(|at| second - at <= 30);
             !self.young && fresh(self.query.as_ref()) && (0..members).all(|i| fresh(self.members.get(&i)))
         }
+    }
+
+    #[test]
+    fn the_judge_knows_values_from_before_the_first_second() {
+        let mut judge = Judge::default();
+        let clear = |age| Weather { prometheus: Sky::Clear { age }, scraped: 0, load: 0.0 };
+        judge.see(&clear(1), 0, MEMBERS);
+        assert!(judge.knows_all(0, MEMBERS));
+        assert!(!judge.knows_all(30, MEMBERS), "31 s old");
     }
 
     proptest! {
@@ -276,8 +286,8 @@ mod tests {
                 let now = Duration::from_secs(second);
                 let names = (0..running).map(|i| format!("g{i}")).collect();
                 signals.absorb("now", &names, round(weather, now, running));
-                judge.see(weather, second, running);
-                if !judge.knows_all(second, running) {
+                judge.see(weather, second as i64, running);
+                if !judge.knows_all(second as i64, running) {
                     doubts.push(second);
                 }
                 let members: Vec<Member> =
