@@ -16,6 +16,7 @@
 mod replicas;
 
 use im_crds::{Autoscaling, PolicyType, ScalingPolicy, ScalingRules, SelectPolicy};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::time::Duration;
@@ -162,7 +163,8 @@ pub struct Decision {
 }
 
 /// What keeps a decision from what the metrics ask for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub enum Limit {
     /// `minReplicas`.
     Min,

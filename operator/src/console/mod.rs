@@ -187,6 +187,7 @@ mod tests {
             min: 1,
             max: 4,
             because: vec!["Connections: 250 at 100 each".into()],
+            limited: None,
             members: vec![MemberStatus {
                 name: "gateway-0".into(),
                 pid: Some(42),

@@ -1,6 +1,6 @@
 //! From signals to a number of members: the thin side of `autoscale`.
 
-use crate::autoscale::{History, Input, Member, MetricState, Reading, decide};
+use crate::autoscale::{Decision, History, Input, Limit, Member, MetricState, Reading, decide};
 use crate::metrics::Signals;
 use crate::platform::Tier;
 use im_crds::{Autoscaling, Scaling};
@@ -30,13 +30,15 @@ pub(super) struct Observed<'a> {
 pub(super) struct Wanted {
     pub(super) replicas: u32,
     pub(super) because: Vec<String>,
+    /// What keeps it from what the metrics ask for.
+    pub(super) limited: Option<Limit>,
     /// Each metric's state, in the order of the spec.
     pub(super) metrics: Vec<MetricState>,
 }
 
 impl Wanted {
     fn without_metrics(replicas: u32, because: &str) -> Self {
-        Self { replicas, because: vec![because.to_owned()], metrics: vec![] }
+        Self { replicas, because: vec![because.to_owned()], ..Self::default() }
     }
 }
 
@@ -70,7 +72,8 @@ impl Scaler {
         let input = Input { now: clock(now), spec, members, ordered, readings: &readings };
         let (decision, history) = decide(&input, std::mem::take(&mut self.history));
         self.history = history;
-        Wanted { replicas: decision.replicas, because: decision.because, metrics: decision.metrics }
+        let Decision { replicas, because, limited, metrics, current: _ } = decision;
+        Wanted { replicas, because, limited, metrics }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The status document: what is, and why. Served as JSON by the console, read by `imcluster status`.
 
+use crate::autoscale::Limit;
 use crate::platform::ProcessState;
 use crate::shards::Snapshot;
 use serde::{Deserialize, Serialize};
@@ -65,6 +66,9 @@ pub struct TierStatus {
     pub max: u32,
     /// Why that many are desired.
     pub because: Vec<String>,
+    /// What keeps it from what the metrics ask for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limited: Option<Limit>,
     /// Each member.
     pub members: Vec<MemberStatus>,
 }

@@ -4,6 +4,7 @@
 //! status is written only when it [means something else](is_news).
 
 use super::decide::Problem;
+use crate::autoscale::Limit;
 use crate::control::status::{self as control, rfc3339};
 use im_crds::{
     Condition, ConditionStatus, DrainStatus, ImClusterStatus, MEMBERS_LISTED_MAX, MemberStatus, ProposalStatus,
@@ -208,16 +209,14 @@ fn scaling_limited(shown: Option<&control::Status>) -> Verdict {
     let Some(shown) = shown else {
         return verdict("ScalingLimited", ConditionStatus::Unknown, "Starting", "nothing is known yet");
     };
-    // The reason chain says so when a bound cut what the load asks for.
-    let cut = |tier: &control::TierStatus, bound: &str| tier.because.iter().any(|reason| reason.starts_with(bound));
-    let named = |bound: &str| -> Vec<&str> {
+    let named = |bound: Limit| -> Vec<&str> {
         [("gateway", &shown.tiers.gateway), ("business", &shown.tiers.business)]
             .into_iter()
-            .filter(|(_, tier)| cut(tier, bound))
+            .filter(|(_, tier)| tier.limited == Some(bound))
             .map(|(name, _)| name)
             .collect()
     };
-    let (at_max, at_min) = (named("maxReplicas is"), named("minReplicas is"));
+    let (at_max, at_min) = (named(Limit::Max), named(Limit::Min));
     if !at_max.is_empty() {
         let message = format!("the load asks for more: raise maxReplicas of {}", at_max.join(" and "));
         verdict("ScalingLimited", ConditionStatus::True, "TooManyReplicas", message)
@@ -262,7 +261,8 @@ fn drain(member: &control::MemberStatus) -> Option<DrainStatus> {
     let control::DrainStatus { held_at_start, held, seconds_left } = member.drain?;
     // Who comes in addition does not make it go backwards.
     let gone = held_at_start.saturating_sub(held);
-    let percent_done = gone.saturating_mul(100).checked_div(held_at_start).map_or(100, |percent| percent.min(100) as u32);
+    let percent_done =
+        gone.saturating_mul(100).checked_div(held_at_start).map_or(100, |percent| percent.min(100) as u32);
     Some(DrainStatus { member: member.name.clone(), held_at_start, percent_done, seconds_left })
 }
 
@@ -334,6 +334,7 @@ mod tests {
             min: 1,
             max: 3,
             because: vec!["Connections: 57 of 100".into()],
+            limited: None,
             members: vec![member(name, "ready", 1)],
         };
         let mut status = control::Status { cluster: "chat".into(), mode: "Auto".into(), ..control::Status::default() };
@@ -385,14 +386,8 @@ mod tests {
             (|s| s.tiers.business.members[0].state = "silent".into(), &["Degraded=True MembersFailing"]),
             (|s| s.shards.moving = 3, &["Rebalancing=True ShardsMove"]),
             (|s| s.shards.queued = 3, &["Rebalancing=True ShardsMove"]),
-            (
-                |s| s.tiers.gateway.because = vec!["maxReplicas is 3: 3 instead of 9".into()],
-                &["ScalingLimited=True TooManyReplicas"],
-            ),
-            (
-                |s| s.tiers.gateway.because = vec!["minReplicas is 1: 1 instead of 0".into()],
-                &["ScalingLimited=True TooFewReplicas"],
-            ),
+            (|s| s.tiers.gateway.limited = Some(Limit::Max), &["ScalingLimited=True TooManyReplicas"]),
+            (|s| s.tiers.gateway.limited = Some(Limit::Min), &["ScalingLimited=True TooFewReplicas"]),
             (|s| s.no_message_lost.status = "False".into(), &["NoMessageLost=False HolesFound"]),
         ];
         for (change, expected) in cases {

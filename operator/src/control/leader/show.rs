@@ -48,6 +48,7 @@ impl<P: Platform> Leader<P> {
             min,
             max,
             because: state.wanted.because.clone(),
+            limited: state.wanted.limited,
             ..TierStatus::default()
         };
         let processes = self.view.of_tier(tier);
