@@ -6,6 +6,7 @@ FILE ?= examples/chat.yaml
 DRIVER ?= kind
 SUITE ?= all
 KEEP ?=
+SOAK_SECONDS ?= 600
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,10 +42,15 @@ e2e: setup ## the tests on a real Kubernetes; SUITE=all (default) or ci, KEEP=1 
 	SUITE=$(SUITE) DRIVER=$(DRIVER) KEEP=$(KEEP) e2e/cluster/run.sh
 
 bench: setup ## ratios beside peers and physical limits, in one run (release build)
+	e2e/cluster/tools.sh nats-server mochi
 	cargo build --workspace --bins --release
 	e2e/bench.sh
+
+soak: setup ## memory under load for SOAK_SECONDS (default ten minutes) has to be flat (release build)
+	cargo build --workspace --bins --release
+	e2e/bench.sh --only soak --soak-seconds $(SOAK_SECONDS)
 
 clean: ## forget data of runs; keeps the build
 	rm -rf .run
 
-.PHONY: help setup build run lint test images cluster-up cluster-down e2e bench clean
+.PHONY: help setup build run lint test images cluster-up cluster-down e2e bench soak clean

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tools.sh [NAME…]: builds the Go programs that the cluster is made of (all without a NAME) from their modules, pinned by
-# tools/*/go.{mod,sum}, into the cache. What is built and unchanged costs nothing.
+# tools/*/go.{mod,sum}, into the cache. What is built and unchanged costs nothing. Benchmarks have their peers from here, too.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -17,6 +17,8 @@ packages_of() {
     kind) echo sigs.k8s.io/kind ;;
     prometheus) echo github.com/prometheus/prometheus/cmd/prometheus ;;
     helm) echo helm.sh/helm/v3/cmd/helm ;;
+    nats-server) echo github.com/nats-io/nats-server/v2 ;;
+    mochi) echo github.com/mochi-mqtt/server/v2/cmd ;;
     podnet) echo imcluster.dev/e2e/podnet ;;
     *) fail "no such tool: $1" ;;
     esac
@@ -41,7 +43,7 @@ build() {
     mkdir "$made"
     (cd "$folder" && quietly "$CACHE/log/go-$name.log" \
         env CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -ldflags "$flags" -tags "$tags" -o "$made/" "${packages[@]}")
-    # etcd's package is called `server`.
+    # Some packages are called `server` or `cmd`.
     [ ${#packages[@]} != 1 ] || [ -e "$made/$name" ] || mv "$made"/* "$made/$name"
     # Moved: a program that somebody runs is replaced, not overwritten.
     mv "$made"/* "$BIN/"

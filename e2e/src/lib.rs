@@ -2,6 +2,7 @@
 //! public interfaces: MQTT, HTTP and `members.json`.
 
 pub mod api;
+pub mod audience;
 pub mod client;
 pub mod history;
 pub mod view;

@@ -1,5 +1,7 @@
 //! `imload`: the load generator. `evening` plays an evening peak and checks every message, `steady` measures latency at a
-//! constant rate, `idle` holds connections for memory measurements, `connects` measures logins.
+//! constant rate, `room` plays a live room, `idle` holds connections for memory measurements, `connects` measures logins.
+
+mod room;
 
 use std::{
     collections::VecDeque,
@@ -46,6 +48,8 @@ enum Command {
     Evening(Evening),
     /// A fixed set of clients sends 1:1 messages at a constant open rate; prints latencies.
     Steady(Steady),
+    /// A live room: people enter in a wave, listen, like, leave, come back; exit code 1 if somebody who kept up missed a message.
+    Room(room::Room),
     /// Opens idle connections and holds them until stdin ends.
     Idle(Idle),
     /// Logs in again and again; prints logins per second and their latency.
@@ -183,6 +187,8 @@ enum LoadError {
     Group { group: String, source: ApiError },
     #[error("the connection {number} could not be opened: {source}")]
     Connect { number: u32, source: ClientError },
+    #[error("the room: {0}")]
+    Room(String),
     #[error("--status-url must look like http://127.0.0.1:9090/status: {0}")]
     StatusUrl(String),
     #[error("writing the result: {0}")]
@@ -196,6 +202,7 @@ async fn main() -> ExitCode {
     let result = match cli.command {
         Command::Evening(command) => play_evening(command).await,
         Command::Steady(command) => run_steady(command).await,
+        Command::Room(command) => room::run(command).await,
         Command::Idle(command) => run_idle(command).await,
         Command::Connects(command) => run_connects(command).await,
     };

@@ -5,17 +5,25 @@
 //! | [`appends`] | durable appends at a business member's Link, against one process that writes the same rows |
 //! | [`traffic`] | 1:1 messages end to end, idle connections, logins: beside mosquitto and a bare group commit |
 //! | [`moves`] | how long a conversation waits when its shard moves under load |
-//! | [`rooms`] | live rooms: fan-out, likes, memory per viewer: beside mosquitto, nats-server and a bare loop |
+//! | [`rooms`] | live rooms: fan-out, likes, memory per connection: beside brokers and a bare loop |
+//! | [`crowd`] | the viewers of a room, and how the highest rate is found |
+//! | [`peers`] | the brokers, and the bare loop that copies to sockets |
+//! | [`scenes`] | live rooms: a wave of people, several gateways, a hot room beside cold ones |
+//! | [`soak`] | memory over minutes; only when it is asked for |
 //! | [`bare`] | the bare loops: rows into SQLite, rows into PostgreSQL, a group commit behind a socket |
 //! | [`system`] | the processes under test, their CPU time and memory |
 
 mod appends;
 mod bare;
+mod crowd;
 mod moves;
+mod peers;
 #[allow(dead_code)] // The store's tests use all of it.
 #[path = "../../../../business/tests/support/postgres.rs"]
 mod postgres;
 mod rooms;
+mod scenes;
+mod soak;
 mod system;
 mod traffic;
 
@@ -46,8 +54,11 @@ struct Arguments {
     #[arg(long, default_value_t = 8)]
     seconds: u64,
     /// Idle connections.
-    #[arg(long, default_value_t = 10_000)]
+    #[arg(long, default_value_t = 15_000)]
     connections: u32,
+    /// Seconds of the soak.
+    #[arg(long, default_value_t = 600)]
+    soak_seconds: u64,
 }
 
 /// What can be measured by itself.
@@ -65,10 +76,22 @@ enum Part {
     Idle,
     /// Logins.
     Connects,
-    /// Live rooms.
+    /// Live rooms: the highest rate.
     Rooms,
-    /// What viewers cost.
+    /// Live rooms: CPU per delivery.
+    RoomCost,
+    /// Likes.
+    Likes,
+    /// Memory per connection and per viewer.
     Viewers,
+    /// A wave of people enters a room.
+    Wave,
+    /// Cost per delivery with one gateway and with four.
+    Gateways,
+    /// A hot room beside a thousand cold ones.
+    Cold,
+    /// Memory over `--soak-seconds`; never without being named.
+    Soak,
 }
 
 /// What a ratio has to be.
@@ -206,10 +229,28 @@ async fn run(arguments: &Arguments) -> Outcome {
         traffic::connects(&bench, &mut table).await?;
     }
     if wants(Part::Rooms) {
-        rooms::rooms(&bench, &mut table).await?;
+        rooms::rates(&bench, &mut table).await?;
+    }
+    if wants(Part::RoomCost) {
+        rooms::cost(&bench, &mut table).await?;
+    }
+    if wants(Part::Likes) {
+        rooms::likes(&bench, &mut table).await?;
     }
     if wants(Part::Viewers) {
         rooms::memory(&bench, &mut table, arguments.connections).await?;
+    }
+    if wants(Part::Wave) {
+        scenes::wave(&bench, &mut table).await?;
+    }
+    if wants(Part::Gateways) {
+        scenes::gateways(&bench, &mut table).await?;
+    }
+    if wants(Part::Cold) {
+        scenes::hot_and_cold(&bench, &mut table).await?;
+    }
+    if arguments.only.contains(&Part::Soak) {
+        soak::soak(&bench, &mut table, arguments.soak_seconds).await?;
     }
     if let Some(folder) = arguments.json.parent() {
         std::fs::create_dir_all(folder)?;

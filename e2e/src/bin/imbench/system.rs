@@ -137,7 +137,24 @@ pub fn free_addresses<const N: usize>() -> Outcome<[SocketAddr; N]> {
     Ok(addresses)
 }
 
-/// A whole system: `imcluster up`, one gateway, the embedded store.
+/// How many members a system has, and what else its gateways are told.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape<'a> {
+    /// Business members.
+    pub business: u32,
+    /// Gateways.
+    pub gateways: u32,
+    /// A line more of `spec.gateway`.
+    pub gateway: &'a str,
+}
+
+impl Shape<'_> {
+    fn with_business(business: u32) -> Self {
+        Self { business, gateways: 1, gateway: "" }
+    }
+}
+
+/// A whole system: `imcluster up` with the embedded store.
 pub struct Cluster {
     /// Where clients connect.
     pub mqtt: SocketAddr,
@@ -145,41 +162,42 @@ pub struct Cluster {
     http: SocketAddr,
     folder: PathBuf,
     supervisor: Child,
+    gateways: u32,
 }
 
 impl Cluster {
-    /// Starts one with so many business members and waits until it is ready.
+    /// Starts one with a gateway and so many business members and waits until it is ready.
     pub async fn start(bench: &Bench, name: &str, business: u32) -> Outcome<Self> {
-        Self::start_with(bench, name, business, "").await
+        Self::start_with(bench, name, Shape::with_business(business)).await
     }
 
-    /// The same with a line more of `spec.gateway`.
-    pub async fn start_with(bench: &Bench, name: &str, business: u32, gateway: &str) -> Outcome<Self> {
+    /// The same with another shape.
+    pub async fn start_with(bench: &Bench, name: &str, shape: Shape<'_>) -> Outcome<Self> {
         let folder = bench.folder(name)?;
         let [mqtt, web_socket, http] = free_addresses()?;
         let (file, data) = (folder.join("cluster.yaml"), folder.join("data"));
-        fs::write(&file, yaml([mqtt, web_socket, http], business, gateway))?;
+        fs::write(&file, yaml([mqtt, web_socket, http], shape))?;
         let arguments = ["up", &file.to_string_lossy(), "--data-dir", &data.to_string_lossy(), "--console", "off"];
         let supervisor = bench.start("imcluster", &arguments, &folder)?;
-        let cluster = Self { mqtt, web_socket, http, folder, supervisor };
-        cluster.settled(business).await?;
+        let cluster = Self { mqtt, web_socket, http, folder, supervisor, gateways: shape.gateways };
+        cluster.settled(shape.business).await?;
         Ok(cluster)
     }
 
     /// Another number of business members, as a user would ask for it.
     pub fn scale_business(&self, business: u32) -> Outcome {
         let new = self.folder.join("cluster.yaml.new");
-        fs::write(&new, yaml([self.mqtt, self.web_socket, self.http], business, ""))?;
+        fs::write(&new, yaml([self.mqtt, self.web_socket, self.http], Shape::with_business(business)))?;
         Ok(fs::rename(new, self.folder.join("cluster.yaml"))?)
     }
 
     /// Waits until so many business members run and the gateway is ready.
     pub async fn settled(&self, business: u32) -> Outcome {
         let api = Api::new(self.http);
-        let what = format!("{business} business members and a gateway are ready; logs: {}", self.folder.display());
+        let what = format!("{business} business members and the gateways are ready; logs: {}", self.folder.display());
         eventually(&what, async || {
             let count = |role| self.members_of(role).map_or(0, |members| members.len());
-            let enough = count("gateway") == 1 && count("business") == business as usize;
+            let enough = count("gateway") == self.gateways as usize && count("business") == business as usize;
             (enough && api.get("/readyz").await.is_ok()).then_some(())
         })
         .await
@@ -210,12 +228,18 @@ impl Cluster {
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
+    /// Role (the supervisor's is `control`) and process of each member.
+    pub fn processes(&self) -> Outcome<Vec<(String, u32)>> {
+        let supervisor = self.supervisor.id().ok_or("imcluster up ended")?;
+        let members = self.members_of("")?.into_iter().map(|member| (member.role, member.pid));
+        Ok(std::iter::once(("control".to_owned(), supervisor)).chain(members).collect())
+    }
+
     /// CPU seconds used by each tier's processes; the supervisor counts as `control`.
     pub fn cpu_by_role(&self) -> Outcome<BTreeMap<String, f64>> {
-        let supervisor = self.supervisor.id().ok_or("imcluster up ended")?;
-        let mut used = BTreeMap::from([("control".to_owned(), cpu_seconds(supervisor))]);
-        for member in self.members_of("")? {
-            *used.entry(member.role).or_default() += cpu_seconds(member.pid);
+        let mut used = BTreeMap::new();
+        for (role, pid) in self.processes()? {
+            *used.entry(role).or_default() += cpu_seconds(pid);
         }
         Ok(used)
     }
@@ -247,7 +271,8 @@ impl Cluster {
     }
 }
 
-fn yaml([mqtt, web_socket, http]: [SocketAddr; 3], business: u32, gateway: &str) -> String {
+fn yaml([mqtt, web_socket, http]: [SocketAddr; 3], shape: Shape<'_>) -> String {
+    let Shape { business, gateways, gateway } = shape;
     format!(
         "apiVersion: imcluster.dev/v1alpha1
 kind: ImCluster
@@ -261,7 +286,7 @@ spec:
     http: {{address: \"{http}\"}}
   storage: {{embedded: {{}}}}
   gateway:
-    replicas: 1
+    replicas: {gateways}
     limits: {{connectRate: 100000, maxHandshakes: 10000, messageRate: 100000}}
     {gateway}
   business:
@@ -328,9 +353,9 @@ pub fn cpu_seconds(pid: u32) -> f64 {
     cpu_seconds_in(&format!("/proc/{pid}/stat"))
 }
 
-/// User and system time that this thread used.
-pub fn thread_cpu_seconds() -> f64 {
-    cpu_seconds_in("/proc/thread-self/stat")
+/// User and system time that a thread of this process used.
+pub fn cpu_seconds_of_thread(id: u32) -> f64 {
+    cpu_seconds_in(&format!("/proc/self/task/{id}/stat"))
 }
 
 fn cpu_seconds_in(path: &str) -> f64 {
