@@ -200,8 +200,10 @@ pub enum Attention {
 /// What came to one viewer. Numbers are only known of one who looks at them.
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// Bytes taken from the socket.
+    /// Bytes taken from the socket, and in how many pieces: nearly what the server wrote at a time for who looks often.
     pub bytes: AtomicU64,
+    /// See there.
+    pub pieces: AtomicU64,
     /// Messages looked at.
     pub messages: AtomicU64,
     /// Numbers that were jumped over.
@@ -401,6 +403,7 @@ impl Viewer {
                 Err(error) => return Err(error),
             };
             self.seen.bytes.fetch_add(taken as u64, Ordering::Relaxed);
+            self.seen.pieces.fetch_add(1, Ordering::Relaxed);
             if self.attention != Attention::Counts {
                 self.look_at(&buffer[..taken], clock.now_us(), shared)?;
             }

@@ -251,7 +251,12 @@ impl Hub {
             while let Some(server_frame::Frame::Push(push)) =
                 frames.next_if(|frame| matches!(frame, server_frame::Frame::Push(_)))
             {
-                took = took.max(push.id);
+                // The owner waits for no word on rooms' pushes; of their bytes it hears when they have gone out.
+                let is_of_a_room = matches!(
+                    push.push,
+                    Some(push::Push::RoomMessage(_) | push::Push::RoomStats(_) | push::Push::RoomKick(_))
+                );
+                took = if is_of_a_room { took } else { took.max(push.id) };
                 self.on_push(member, push);
             }
         }
@@ -370,7 +375,8 @@ impl Hub {
         let slot = self.connections.lock().insert(connection.clone());
         connection.slot.store(slot, Ordering::Relaxed);
         if let Some(users) = self.users_of(&user) {
-            users.lock().entry(user).or_default().push(connection.clone());
+            // Most have one connection: the space that a vector begins with is for four.
+            users.lock().entry(user).or_insert_with(|| Vec::with_capacity(1)).push(connection.clone());
         }
         self.shared.metrics.connections.inc();
         self.apply(&connection, &mut connection.session.lock(), &mut effects);

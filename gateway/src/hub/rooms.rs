@@ -32,6 +32,8 @@ const VIEWERS_PER_TURN: usize = 64;
 const PENDING_BYTES_MAX: usize = 1 << 20;
 /// What a message counts besides its payload when the owner is told that it went out.
 const MESSAGE_OVERHEAD_BYTES: u64 = 64;
+/// The owner is told at the latest when so many bytes have gone out, a sixteenth of what may be in hand.
+const TOLD_BYTES_MAX: u64 = 16 << 10;
 /// Different counters of a room in one interval.
 const COUNTERS_MAX: usize = 64;
 /// Likes and gifts of one room that wait for their acknowledgement.
@@ -424,9 +426,10 @@ impl Hub {
 
     /// Sends a room's batches until there are none for the time of one.
     async fn send_batches(self: Arc<Self>, room: Arc<Room>) {
+        let mut gone_out: Option<(MemberId, u64)> = None;
         loop {
             let began = Instant::now();
-            let Some(round) = room.state.lock().next_round() else { return };
+            let Some(round) = room.state.lock().next_round() else { break };
             let mut sent = Sent::default();
             if let Some(batch) = &round.batch {
                 self.send_to_all(&room, RoomPart::Messages, round.number, batch, &mut sent).await;
@@ -436,11 +439,28 @@ impl Hub {
             }
             self.shared.metrics.delivered.inc_by(sent.delivered);
             self.shared.metrics.room_dropped.inc_by(sent.lost);
-            if let (Some((owner, bytes)), Some(pool)) = (round.in_hand, self.pool.get()) {
-                let took = RoomTook { room: room.name.to_string(), bytes };
-                pool.send(&owner, [ClientFrame { frame: Some(client_frame::Frame::RoomTook(took)) }]);
+            if let Some((owner, bytes)) = round.in_hand {
+                match &mut gone_out {
+                    Some((told, sum)) if *told == owner => *sum += bytes,
+                    _ => {
+                        self.tell_gone_out(&room, gone_out.take());
+                        gone_out = Some((owner, bytes));
+                    }
+                }
+            }
+            if gone_out.as_ref().is_some_and(|(_, bytes)| *bytes >= TOLD_BYTES_MAX) {
+                self.tell_gone_out(&room, gone_out.take());
             }
             sleep_until(began + self.rooms.config.coalesce).await;
+        }
+        self.tell_gone_out(&room, gone_out);
+    }
+
+    /// Tells the owner of a room how many bytes of its messages have gone out.
+    fn tell_gone_out(&self, room: &Room, gone_out: Option<(MemberId, u64)>) {
+        if let (Some((owner, bytes)), Some(pool)) = (gone_out, self.pool.get()) {
+            let took = RoomTook { room: room.name.to_string(), bytes };
+            pool.send(&owner, [ClientFrame { frame: Some(client_frame::Frame::RoomTook(took)) }]);
         }
     }
 

@@ -170,22 +170,19 @@ impl Session {
             return sent;
         }
         let packets = batch.of(self.version);
-        let bytes = match self.packet_size_max {
-            Some(max) if packets.largest > max as usize => {
-                let (fitting, count) = fitting(packets, max as usize);
-                sent.lost = batch.len() - count;
-                fitting
-            }
-            _ => packets.bytes.clone(),
+        let fitting = match self.packet_size_max {
+            Some(max) if packets.largest > max as usize => Some(fitting(packets, max as usize)),
+            _ => None,
         };
-        let count = batch.len() - sent.lost;
+        let (bytes, count) = fitting.as_ref().map_or((&packets.bytes, batch.len()), |(bytes, count)| (bytes, *count));
+        sent.lost = batch.len() - count;
         let is_idle = !self.has_output() && !self.is_writing;
         if !is_idle && self.out.len() + bytes.len() > self.shared.limits.deliver_below() {
             sent.lost = batch.len();
             return sent;
         }
         sent.delivered = count;
-        let written = if is_idle && !bytes.is_empty() { write(&bytes).min(bytes.len()) } else { 0 };
+        let written = if is_idle && !bytes.is_empty() { write(bytes).min(bytes.len()) } else { 0 };
         if written < bytes.len() {
             self.out.put(&bytes.slice(written..));
             sent.wakes = is_idle;

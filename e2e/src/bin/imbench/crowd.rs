@@ -47,6 +47,20 @@ pub struct Crowd {
     number: u64,
 }
 
+/// How many messages came in how many pieces.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Joined {
+    messages: u64,
+    pieces: u64,
+}
+
+impl Joined {
+    /// Messages in a piece, since an earlier time.
+    pub fn since(self, earlier: Self) -> f64 {
+        (self.messages - earlier.messages) as f64 / (self.pieces - earlier.pieces).max(1) as f64
+    }
+}
+
 /// What came of one rate.
 #[derive(Debug, Clone, Copy)]
 pub struct Step {
@@ -116,6 +130,15 @@ impl Crowd {
     pub fn delivered(&self) -> u64 {
         let packet = packet_bytes();
         self.seats.iter().map(|seat| seat.seen.of(|seen| &seen.bytes) / packet).sum()
+    }
+
+    /// Messages that a write carried so far, as the attentive saw it.
+    pub fn joined(&self) -> Joined {
+        let attentive = self.seats.iter().step_by(ATTENTIVE_EVERY);
+        attentive.fold(Joined::default(), |sum, seat| Joined {
+            messages: sum.messages + seat.seen.of(|seen| &seen.messages),
+            pieces: sum.pieces + seat.seen.of(|seen| &seen.pieces),
+        })
     }
 
     /// Publishes at a rate for a while and waits for what is under way.
