@@ -22,7 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{LoadError, Target, latency_json, latency_line, stop_on_ctrl_c};
 
-/// So many look at their sockets often, for the delays.
+/// So many, spread over all who enter, look at their sockets often, for the delays.
 const ATTENTIVE: u32 = 100;
 const ATTENTIVE_PAUSE: Duration = Duration::from_millis(1);
 const OTHERS_PAUSE: Duration = Duration::from_millis(50);
@@ -301,7 +301,7 @@ impl Hall {
         let seat = if is_slow {
             let bytes_per_sweep = (self.command.slow_bytes / sweeps_per_second).max(1);
             self.others.seat(stream, Attention::Slow { bytes_per_sweep }, entered_after)
-        } else if person < self.command.slow + ATTENTIVE {
+        } else if person.is_multiple_of((self.command.viewers / ATTENTIVE).max(1)) {
             self.attentive.seat(stream, Attention::Full, entered_after)
         } else {
             self.others.seat(stream, Attention::Full, entered_after)

@@ -390,6 +390,9 @@ impl Session {
         }
         if pending.unanswered == 0 {
             let pending = self.subscribes.remove(position);
+            if self.subscribes.is_empty() {
+                self.subscribes = Vec::new();
+            }
             let reason = if self.problem_information { pending.reason } else { "" };
             mqtt::suback(&mut self.out, self.version, packet_id, &pending.codes, reason);
         }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use bytes::BytesMut;
+use futures::{StreamExt, TryStreamExt, stream};
 use hyper::Method;
 use im_e2e::api::{Api, Credential};
 use im_e2e::audience;
@@ -28,6 +29,9 @@ const PEER_RATE: f64 = 40.0;
 const COALESCE_MS: [u32; 2] = [5, 25];
 const COST_TIME: Duration = Duration::from_secs(5);
 const HALF_TIME: Duration = Duration::from_secs(3);
+/// Allocators keep what logins needed for a while: ten seconds by jemalloc's defaults.
+const ALLOCATOR_PAUSE: Duration = Duration::from_secs(12);
+const LOGINS_AT_A_TIME: usize = 32;
 const PAUSE: Duration = Duration::from_secs(2);
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 
@@ -183,17 +187,16 @@ pub async fn memory(bench: &Bench, table: &mut Table, connections: u32) -> Outco
 /// Bytes per connection that subscribes nothing, and how much more it is when all of them are in one room.
 async fn resident_per_connection(server: std::net::SocketAddr, pid: u32, connections: u32) -> Outcome<[f64; 2]> {
     let before = resident_kib(pid);
-    let mut idle = Vec::with_capacity(connections as usize);
-    for number in 0..connections {
-        idle.push(TcpStream::from_std(audience::enter(server, &format!("idle{number}"), None, None).await?)?);
-    }
-    // Buffers of the logins are given back within some seconds.
-    sleep(PAUSE * 2).await;
+    let logins = stream::iter(0..connections)
+        .map(|number| async move { audience::enter(server, &format!("idle{number}"), None, None).await });
+    let logins: Vec<std::net::TcpStream> = logins.buffer_unordered(LOGINS_AT_A_TIME).try_collect().await?;
+    let mut idle = logins.into_iter().map(TcpStream::from_std).collect::<Result<Vec<_>, _>>()?;
+    sleep(ALLOCATOR_PAUSE).await;
     let without = resident_kib(pid);
     for connection in &mut idle {
         audience::subscribe(connection, server, "r/stage").await?;
     }
-    sleep(PAUSE * 2).await;
+    sleep(ALLOCATOR_PAUSE).await;
     let per_connection = |kib: f64| kib * 1_024.0 / f64::from(connections);
     Ok([per_connection(without - before), per_connection(resident_kib(pid) - without)])
 }
