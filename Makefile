@@ -42,7 +42,7 @@ e2e: setup ## the tests on a real Kubernetes; SUITE=all (default) or ci, KEEP=1 
 	SUITE=$(SUITE) DRIVER=$(DRIVER) KEEP=$(KEEP) e2e/cluster/run.sh
 
 bench: setup ## ratios beside peers and physical limits, in one run (release build)
-	e2e/cluster/tools.sh nats-server mochi
+	if command -v go >/dev/null; then e2e/cluster/tools.sh nats-server mochi; else echo "without nats-server and mochi, which are built with Go"; fi
 	cargo build --workspace --bins --release
 	e2e/bench.sh
 

@@ -135,7 +135,7 @@ pub struct Driver<S> {
     version: Version,
     /// The beginning of a packet, or packets that the session does not want yet.
     input: Vec<u8>,
-    /// What the socket has not taken yet; an idle connection has no place for it.
+    /// What the socket has not taken yet; an idle connection keeps no space for it.
     writing: Option<Box<OutBuffer>>,
     flushed: bool,
     /// Packets that may be taken now; refilled by time.
