@@ -31,7 +31,7 @@ begin() {
 certificate() {
     openssl req -newkey rsa:2048 -nodes -keyout "$STATE/$1.key" -subj "$2" 2>/dev/null |
         openssl x509 -req -days 30 -CA "$STATE/ca.crt" -CAkey "$STATE/ca.key" -CAcreateserial -out "$STATE/$1.crt" \
-            -extfile <(printf '%s\n' "${3:-}") 2>/dev/null
+            -extfile <(printf "%s\n" "${3:-basicConstraints=CA:FALSE}") 2>/dev/null
 }
 
 # etcd and kube-apiserver at ADDRESS, which pods reach too, with service addresses from SERVICES (CIDR), and a kubeconfig for them:
