@@ -32,7 +32,7 @@ test: setup lint ## everything
 images: ## the container image, with docker or buildah; without either a docker-archive of it
 	images/build.sh
 
-cluster-up: ## a Kubernetes cluster to try things in; DRIVER=kind (default), api or existing
+cluster-up: ## a Kubernetes cluster to try things in; DRIVER=kind (default), host, api or existing
 	e2e/cluster/up.sh $(DRIVER)
 
 cluster-down: ## ends it
@@ -40,6 +40,12 @@ cluster-down: ## ends it
 
 e2e: setup ## the tests on a real Kubernetes; SUITE=all (default) or ci, KEEP=1 leaves the cluster up
 	SUITE=$(SUITE) DRIVER=$(DRIVER) KEEP=$(KEEP) e2e/cluster/run.sh
+
+bench-operator: ## what the operator costs with 200 ImClusters of 50 simulated members on a real API server
+	e2e/cluster/fleet.sh
+
+fuzz: ## hostile bytes into sessions for a minute, guided by the branches that they reach
+	gateway/fuzz/run.sh
 
 bench: setup ## ratios beside peers and physical limits, in one run (release build)
 	if command -v go >/dev/null; then e2e/cluster/tools.sh nats-server mochi; else echo "without nats-server and mochi, which are built with Go"; fi
@@ -53,4 +59,4 @@ soak: setup ## memory under load for SOAK_SECONDS (default ten minutes) has to b
 clean: ## forget data of runs; keeps the build
 	rm -rf .run
 
-.PHONY: help setup build run lint test images cluster-up cluster-down e2e bench soak clean
+.PHONY: help setup build run lint test images cluster-up cluster-down e2e bench-operator fuzz bench soak clean

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 pub use im_proto::process::Identity;
+use im_proto::token::{SharedToken, TokenError};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -25,6 +26,14 @@ pub enum ConfigError {
         path: PathBuf,
         /// Where and why.
         source: serde_json::Error,
+    },
+    /// A token can't be used.
+    #[error("{name}: {source}")]
+    Token {
+        /// The field.
+        name: &'static str,
+        /// Why.
+        source: TokenError,
     },
     /// A value is given twice, or not at all.
     #[error("set {count} of: {inline}, {inline}{suffix}")]
@@ -126,17 +135,28 @@ impl ServeConfig {
     ///
     /// # Errors
     /// [`ConfigError`].
-    pub fn read_link_token(&self) -> Result<Option<String>, ConfigError> {
-        inline_or_file("linkToken", "File", self.link_token.as_ref(), self.link_token_file.as_deref())
+    pub fn link_token(&self) -> Result<SharedToken, ConfigError> {
+        shared_token("linkToken", self.link_token.as_deref(), self.link_token_file.as_deref())
     }
 
     /// The token of the store member, wherever it is.
     ///
     /// # Errors
     /// [`ConfigError`].
-    pub fn read_store_token(&self) -> Result<Option<String>, ConfigError> {
-        inline_or_file("storeToken", "File", self.store_token.as_ref(), self.store_token_file.as_deref())
+    pub fn store_token(&self) -> Result<SharedToken, ConfigError> {
+        shared_token("storeToken", self.store_token.as_deref(), self.store_token_file.as_deref())
     }
+}
+
+/// A token that stands in the configuration, or in a file, one per line; see [`im_proto::token`].
+fn shared_token(name: &'static str, inline: Option<&str>, file: Option<&Path>) -> Result<SharedToken, ConfigError> {
+    let token = match (inline, file) {
+        (Some(_), Some(_)) => return Err(ConfigError::Choice { count: "at most one", inline: name, suffix: "File" }),
+        (Some(token), None) => SharedToken::fixed(token),
+        (None, Some(path)) => SharedToken::file(path),
+        (None, None) => Ok(SharedToken::none()),
+    };
+    token.map_err(|source| ConfigError::Token { name, source })
 }
 
 /// A value that stands in the configuration, or in a file.
@@ -179,8 +199,8 @@ impl StoreConfig {
     ///
     /// # Errors
     /// [`ConfigError`].
-    pub fn read_token(&self) -> Result<Option<String>, ConfigError> {
-        inline_or_file("token", "File", self.token.as_ref(), self.token_file.as_deref())
+    pub fn shared_token(&self) -> Result<SharedToken, ConfigError> {
+        shared_token("token", self.token.as_deref(), self.token_file.as_deref())
     }
 }
 
@@ -217,14 +237,15 @@ mod tests {
         let path = file.display();
         let both = config(&format!(r#","store":"memory:","linkToken":"inline","storeTokenFile":"{path}""#));
         assert_eq!(both.read_store_url().expect("inline"), "memory:");
-        assert_eq!(both.read_link_token().expect("inline").as_deref(), Some("inline"));
-        assert_eq!(both.read_store_token().expect("readable").as_deref(), Some("from the file"));
+        let bearer = |token: SharedToken| token.bearer().expect("a token");
+        assert_eq!(bearer(both.link_token().expect("inline")), "Bearer inline");
+        assert_eq!(bearer(both.store_token().expect("readable")), "Bearer from the file");
         let twice = config(&format!(r#","linkToken":"inline","linkTokenFile":"{path}""#));
-        let error = twice.read_link_token().expect_err("which one?").to_string();
+        let error = twice.link_token().expect_err("which one?").to_string();
         assert_eq!(error, "set at most one of: linkToken, linkTokenFile");
         let error = twice.read_store_url().expect_err("none").to_string();
         assert_eq!(error, "set exactly one of: store, storeUrlFile");
         std::fs::remove_file(&file).expect("removed");
-        assert!(both.read_store_token().expect_err("gone").to_string().contains("im-business-config"));
+        assert!(both.store_token().expect_err("gone").to_string().contains("im-business-config"));
     }
 }

@@ -76,7 +76,7 @@ fn main() -> ExitCode {
 }
 
 async fn serve_store(config: StoreConfig) -> Result<(), String> {
-    let token = config.read_token().map_err(|error| error.to_string())?;
+    let token = config.shared_token().map_err(|error| error.to_string())?;
     let folder = &config.data_dir;
     std::fs::create_dir_all(folder)
         .map_err(|error| format!("cannot create {}: {error}; give a writable dataDir", folder.display()))?;

@@ -17,6 +17,7 @@ use im_proto::ids::{IdError, MemberId};
 use im_proto::link::link_server::{Link, LinkServer};
 use im_proto::link::{ClientFrame, ClientFrames, Role, ServerFrame, ServerFrames, client_frame};
 use im_proto::links::{LINK_SILENCE_MAX, LinkEvent, LinkPool, MESSAGE_BYTES_MAX, Outbox};
+use im_proto::token::SharedToken;
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
@@ -80,8 +81,8 @@ pub enum ServeError {
 pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), ServeError> {
     let me = MemberId::new(&config.name, rand::random())?;
     let spec: StoreSpec = config.read_store_url()?.parse()?;
-    let token = config.read_link_token()?;
-    let store = store::open(&spec.with_token(config.read_store_token()?), &me).await?;
+    let token = config.link_token()?;
+    let store = store::open(&spec, config.store_token()?, &me).await?;
     let links = listen(config.link.address).await?;
     let admin = listen(config.admin.address).await?;
     let address = |listener: &TcpListener| {
@@ -118,7 +119,7 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
         ..Limits::default()
     };
     let core = tokio::spawn(run_core(shell.clone(), store, inbox, limits));
-    let dialer = ControlDialer::new(config.control.clone(), config.cluster.as_deref(), token.as_deref());
+    let dialer = ControlDialer::new(config.control.clone(), config.cluster.as_deref(), token);
     tokio::spawn(keep_control(shell.clone(), dialer, hello));
     tokio::spawn(serve_admin(shell.clone(), admin, config.fail_points));
     let service = LinkServer::new(LinkService(shell.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX);
@@ -180,7 +181,7 @@ struct Shell {
     leaving: AtomicBool,
     /// Shards held, as of each tick.
     held: watch::Sender<u64>,
-    token: Option<String>,
+    token: SharedToken,
 }
 
 /// The stream to control: reports go out only behind its Hello.
@@ -336,7 +337,7 @@ fn peer_pool(shell: &Arc<Shell>) -> Arc<LinkPool> {
         }
         .boxed()
     });
-    LinkPool::new(shell.me.clone(), Role::Business, shell.token.as_deref(), handler)
+    LinkPool::new(shell.me.clone(), Role::Business, shell.token.clone(), handler)
 }
 
 // ---- incoming links -------------------------------------------------------------------------------------------------------
@@ -351,11 +352,8 @@ impl Link for LinkService {
 
     async fn open(&self, request: Request<Streaming<ClientFrames>>) -> Result<Response<FrameStream>, Status> {
         let shell = self.0.clone();
-        if let Some(token) = &shell.token {
-            let presented = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
-            if presented != Some(&format!("Bearer {token}")) {
-                return Err(Status::unauthenticated("links need the cluster's token: check linkToken"));
-            }
+        if !shell.token.admits(request.metadata()) {
+            return Err(Status::unauthenticated("links need the cluster's token: check linkToken"));
         }
         let mut inbound = request.into_inner();
         let first = timeout(LINK_SILENCE_MAX, inbound.message()).await;

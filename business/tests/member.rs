@@ -17,6 +17,7 @@ use im_proto::link::reply::Outcome;
 use im_proto::link::{Body, ClientFrame, Role, Send, body, client_frame, server_frame};
 use im_proto::links::{LinkEvent, LinkPool};
 use im_proto::router::{self, Router};
+use im_proto::token::SharedToken;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
@@ -119,7 +120,7 @@ impl Client {
             async {}.boxed()
         });
         let me = MemberId::new("gateway-0", 7).expect("a good name");
-        let pool = LinkPool::new(me, Role::Gateway, Some("link"), handler);
+        let pool = LinkPool::new(me, Role::Gateway, SharedToken::fixed("link").expect("a token"), handler);
         *client.pool.lock() = Some(pool.clone());
         pool.set_members(&members);
         client
@@ -208,7 +209,7 @@ async fn surroundings(store: Arc<dyn Store>) -> (PlayedControl, String, String) 
     let address = |listener: &TcpListener| listener.local_addr().expect("bound").to_string();
     let store_listener = listen().await;
     let store_address = address(&store_listener);
-    tokio::spawn(server::serve(store_listener, store, Some("store".into())));
+    tokio::spawn(server::serve(store_listener, store, SharedToken::fixed("store").expect("a token")));
     let control = PlayedControl::default();
     let listener = listen().await;
     let control_address = address(&listener);

@@ -23,6 +23,7 @@ use im_business::store::{
     Store, StoreError, Tail,
 };
 use im_proto::ids::MemberId;
+use im_proto::token::SharedToken;
 use parking_lot::Mutex;
 use postgres_server::PostgresServer;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -654,8 +655,8 @@ async fn sqlite_beside_a_bare_loop() {
         store.acquire(&a, claims).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let server = tokio::spawn(serve(listener, store.clone(), None));
-        let remote = Remote::new(&format!("http://{address}"), None).unwrap();
+        let server = tokio::spawn(serve(listener, store.clone(), SharedToken::none()));
+        let remote = Remote::new(&format!("http://{address}"), SharedToken::none()).unwrap();
         let started = Instant::now();
         for n in 0..BATCHES {
             // Four members at once, each with a quarter of the shards.
@@ -725,13 +726,17 @@ async fn sqlite_beside_a_bare_loop() {
 async fn serve_store(store: Arc<dyn Store>, token: Option<&str>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let token = token.map(str::to_owned);
+    let token = shared_token(token);
     tokio::spawn(async move { serve(listener, store, token).await.unwrap() });
     address
 }
 
+fn shared_token(token: Option<&str>) -> SharedToken {
+    token.map_or_else(SharedToken::none, |token| SharedToken::fixed(token).unwrap())
+}
+
 fn remote(address: SocketAddr, token: Option<&str>) -> Arc<dyn Store> {
-    Arc::new(Remote::new(&format!("http://{address}"), token).unwrap())
+    Arc::new(Remote::new(&format!("http://{address}"), shared_token(token)).unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -745,7 +750,7 @@ async fn a_remote_store_passes_the_suite() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_remote_store_refuses_strangers() {
     let address = serve_store(Arc::new(MemoryStore::default()), Some("secret")).await;
-    for token in [None, Some("secre"), Some("secret2"), Some("")] {
+    for token in [None, Some("secre"), Some("secret2"), Some("x")] {
         let answer = remote(address, token).shards().await;
         assert!(matches!(answer, Err(StoreError::Refused { .. })), "{token:?}: {answer:?}");
     }
@@ -761,7 +766,7 @@ async fn without_a_store_member_everything_is_refused_until_it_comes() {
     let party = Party::new(&a, remote(address, None));
     assert!(matches!(party.try_take(&ShardRow::unowned(1)).await, Err(StoreError::Refused { .. })));
     let listener = TcpListener::bind(address).await.unwrap();
-    tokio::spawn(async move { serve(listener, Arc::new(MemoryStore::default()), None).await.unwrap() });
+    tokio::spawn(async move { serve(listener, Arc::new(MemoryStore::default()), SharedToken::none()).await.unwrap() });
     assert_eq!(party.take_new(1).await.epoch, 1);
 }
 

@@ -730,7 +730,7 @@ pub enum BuiltIn {
     Connections,
     /// Messages a second: taken and delivered by a gateway, stored by a business member.
     MessagesPerSecond,
-    /// CPU time used, in percent of what the member may use.
+    /// CPU time used, in percent of the CPU that its pod requests; without Kubernetes in percent of one core.
     CpuUtilization,
 }
 
@@ -756,7 +756,7 @@ pub struct Target {
 pub enum TargetType {
     /// The value that each member should have on average.
     AverageValue,
-    /// The percentage of what a member may use.
+    /// The percentage of what a member's pod requests.
     Utilization,
 }
 
@@ -814,6 +814,16 @@ pub struct Metrics {
 /// How to reach Prometheus, or what speaks its HTTP API.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    {
+        "rule": "!(has(self.tokenFile) && has(self.tokenSecret))",
+        "message": "set at most one of: tokenFile, tokenSecret"
+    },
+    {
+        "rule": "!(has(self.caFile) && has(self.caSecret))",
+        "message": "set at most one of: caFile, caSecret"
+    }
+]))]
 pub struct Prometheus {
     /// Base URL, for example `http://prometheus.monitoring:9090`; `/api/v1/…` is added. Members have to be scraped at
     /// least each 15 s, with the labels `namespace` and `pod`, as a PodMonitor does.
@@ -833,6 +843,12 @@ pub struct Prometheus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub ca_file: Option<String>,
+    /// Secret with what `tokenFile` would hold, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_secret: Option<SecretKey>,
+    /// Secret with what `caFile` would hold, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret: Option<SecretKey>,
 }
 
 /// How fast a tier grows and shrinks.

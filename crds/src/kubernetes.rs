@@ -128,7 +128,7 @@ impl Default for Embedded {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PodSettings {
-    /// CPU and memory. Left out: a small request and no limit.
+    /// CPU and memory. Left out: a small request and no limit. `CpuUtilization` is a percentage of `requests.cpu`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resources: Option<Resources>,
     /// Labels that a node must have.
@@ -156,6 +156,14 @@ pub struct PodSettings {
     /// Further annotations.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
+}
+
+impl PodSettings {
+    /// Cores that are set aside for the pod, as far as the user says; a limit alone is a request too, as in Kubernetes.
+    pub fn cpu_request(&self) -> Option<f64> {
+        let Resources { requests, limits } = self.resources.as_ref()?;
+        requests.get("cpu").or_else(|| limits.get("cpu"))?.amount()
+    }
 }
 
 fn any_object(_: &mut SchemaGenerator) -> Schema {
@@ -244,6 +252,38 @@ pub struct Quantity(pub String);
 const QUANTITY_PATTERN: &str = "^[0-9]+([.][0-9]+)?([numkMGTPE]|[KMGTPE]i|[eE][0-9]{1,2})?$";
 
 impl Quantity {
+    /// The amount as a number; `None` if Kubernetes can't read it.
+    pub fn amount(&self) -> Option<f64> {
+        if !self.is_valid() {
+            return None;
+        }
+        let text = self.0.as_str();
+        // `1e3` is a number as it is.
+        if let Ok(number) = text.parse::<f64>() {
+            return Some(number);
+        }
+        let (number, suffix) = text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.')?);
+        let factor = match suffix {
+            "n" => 1e-9,
+            "u" => 1e-6,
+            "m" => 1e-3,
+            "k" => 1e3,
+            "M" => 1e6,
+            "G" => 1e9,
+            "T" => 1e12,
+            "P" => 1e15,
+            "E" => 1e18,
+            "Ki" => f64::from(1 << 10),
+            "Mi" => f64::from(1 << 20),
+            "Gi" => f64::from(1 << 30),
+            "Ti" => 2_f64.powi(40),
+            "Pi" => 2_f64.powi(50),
+            "Ei" => 2_f64.powi(60),
+            _ => return None,
+        };
+        Some(number.parse::<f64>().ok()? * factor)
+    }
+
     /// Whether Kubernetes can read it.
     pub fn is_valid(&self) -> bool {
         let text = self.0.as_str();
@@ -297,6 +337,18 @@ mod tests {
         }
         for text in ["", "m", "1.", ".5", "1gi", "1 Gi", "-1", "1Gib", "e3", "1e", "1e1234", "1.2.3"] {
             assert!(!Quantity(text.into()).is_valid(), "{text}");
+        }
+        for (text, amount) in [
+            ("500m", Some(0.5)),
+            ("2", Some(2.0)),
+            ("1.5", Some(1.5)),
+            ("1e3", Some(1e3)),
+            ("12E", Some(12e18)),
+            ("250000u", Some(0.25)),
+            ("2Gi", Some(2_147_483_648.0)),
+            ("x", None),
+        ] {
+            assert_eq!(Quantity(text.into()).amount(), amount, "{text}");
         }
         let read: Vec<Quantity> = serde_json::from_str(r#"[2, "2"]"#).expect("number and text");
         assert_eq!(read[0], read[1]);

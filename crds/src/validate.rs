@@ -172,7 +172,26 @@ impl ImCluster {
                 Place::Kubernetes | Place::Machine => {}
             }
         }
+        if let Some(prometheus) = &spec.metrics.prometheus {
+            let path = "spec.metrics.prometheus";
+            for (field, file, secret) in [
+                ("token", prometheus.token_file.is_some(), prometheus.token_secret.is_some()),
+                ("ca", prometheus.ca_file.is_some(), prometheus.ca_secret.is_some()),
+            ] {
+                if place == Place::Kubernetes && file {
+                    let reason =
+                        format!("the operator reads no files for others: put it into a Secret and use {field}Secret");
+                    checker.refuse(format!("{path}.{field}File"), reason);
+                }
+                if place == Place::Machine && secret {
+                    let reason = format!("there are no Secrets without Kubernetes: use {field}File");
+                    checker.refuse(format!("{path}.{field}Secret"), reason);
+                }
+            }
+        }
         if place == Place::Kubernetes {
+            check_cpu_request(&mut checker, "spec.gateway", spec.gateway.scaling(), &spec.gateway.pod);
+            check_cpu_request(&mut checker, "spec.business", spec.business.scaling(), &spec.business.pod);
             check_name(&mut checker, self);
             check_ports(&mut checker, self);
         }
@@ -194,6 +213,23 @@ pub enum Place {
 const NAME_CHARS_MAX: usize = 28;
 /// What every member listens on for the operator, Prometheus and probes.
 const ADMIN_PORT: u16 = 9090;
+
+/// As for a HorizontalPodAutoscaler: utilization is a part of the request, so there has to be one.
+fn check_cpu_request(checker: &mut Checker, tier: &str, scaling: Scaling<'_>, pod: &PodSettings) {
+    let Scaling::Auto(autoscaling) = scaling else { return };
+    let by_cpu = autoscaling
+        .metrics
+        .iter()
+        .any(|metric| matches!(metric, Metric::BuiltIn(BuiltInMetric { name: BuiltIn::CpuUtilization, .. })));
+    if by_cpu && !pod.cpu_request().is_some_and(|cores| cores > 0.0) {
+        checker.refuse(
+            format!("{tier}.autoscaling.metrics"),
+            format!(
+                "CpuUtilization, the default metric too, is a percentage of the CPU request, and there is none: set {tier}.pod.resources.requests.cpu, for example 500m, or use another metric"
+            ),
+        );
+    }
+}
 
 fn check_name(checker: &mut Checker, cluster: &ImCluster) {
     let name = cluster.metadata.name.as_deref().unwrap_or_default();
@@ -443,6 +479,14 @@ fn check_prometheus(checker: &mut Checker, prometheus: &Prometheus) {
     checker.require(prometheus.url.chars().count() <= 2_048, &format!("{path}.url"), "is longer than 2048 characters");
     checker.filled(&format!("{path}.tokenFile"), prometheus.token_file.as_deref());
     checker.filled(&format!("{path}.caFile"), prometheus.ca_file.as_deref());
+    checker.secret(&format!("{path}.tokenSecret"), prometheus.token_secret.as_ref());
+    checker.secret(&format!("{path}.caSecret"), prometheus.ca_secret.as_ref());
+    for (one, other, both) in [
+        ("tokenFile", "tokenSecret", prometheus.token_file.is_some() && prometheus.token_secret.is_some()),
+        ("caFile", "caSecret", prometheus.ca_file.is_some() && prometheus.ca_secret.is_some()),
+    ] {
+        checker.require(!both, path, &format!("set at most one of: {one}, {other}"));
+    }
 }
 
 fn check_rules(checker: &mut Checker, path: &str, rules: &ScalingRules) {

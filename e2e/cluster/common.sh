@@ -11,7 +11,7 @@ KUBERNETES_VERSION=v1.34.4
 # What was built or downloaded once and serves every later run: programs, images, the engine's own data.
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/imcluster"
 # What belongs to one cluster: kubeconfig, logs, pids. `down.sh` removes it.
-STATE="$REPOSITORY/.run/cluster"
+STATE="${STATE:-$REPOSITORY/.run/cluster}"
 # Sockets of a container engine that we started; below /run because a socket's path must be short.
 ENGINE_RUN=/run/imcluster
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # run.sh: the tests on a real Kubernetes, from nothing to nothing. By environment:
 #   SUITE   ci (what CI runs) or all
-#   DRIVER  kind (default) or existing; see up.sh
+#   DRIVER  kind (default), host or existing; see up.sh
 #   KEEP=1  leaves the cluster up; the next run goes on with it (and leaves it up too)
 #   ONLY    only tests whose name contains this
 set -euo pipefail

@@ -4,6 +4,7 @@
 #   kind      (default) two nodes in containers. Where no container engine answers, one is started; where the published node
 #             image can't be pulled, it is built from Debian packages and Go modules (once; it stays in the cache).
 #   api       etcd and kube-apiserver alone, as two processes: no pods, but ready in seconds. For trying controllers.
+#   host      one node on this machine itself: processes, no container engine. Root on Debian 12; for a quick inner loop.
 #   existing  the cluster that KUBECONFIG points at; nothing is started or ended.
 #
 # The kubeconfig is .run/cluster/kubeconfig unless KUBECONFIG says another file. .run/cluster/env, to be sourced, says how to

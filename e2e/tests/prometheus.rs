@@ -169,13 +169,14 @@ async fn decide(cluster: &ImCluster) -> TestResult<Decision> {
     let target = |name: &str| Target { name: name.into(), tier: Tier::Gateway, address: String::new() };
     let now = Duration::from_secs(100_000);
     let request = Request::of(cluster, names.map(target).into(), now);
-    let endpoint = Endpoint::of(cluster, &Setup::default());
+    let endpoint = Endpoint::of(cluster, &Setup::default(), |_| None);
     let round = measure(&mut Connector::default(), endpoint, &request).await;
     let mut signals = Signals::default();
     signals.absorb("now", &names.map(String::from).into(), round);
     let Scaling::Auto(spec) = cluster.spec.gateway.scaling() else { return Err("it scales".into()) };
     let members = names.map(|name| Member { name: name.into(), state: MemberState::Ready });
-    let readings: Vec<_> = spec.metrics.iter().map(|metric| signals.reading(Tier::Gateway, &members, metric)).collect();
+    let readings: Vec<_> =
+        spec.metrics.iter().map(|metric| signals.reading(Tier::Gateway, &members, metric, 1.0)).collect();
     let input = autoscale::Input { now, spec, members: &members, ordered: 0, readings: &readings };
     Ok(autoscale::decide(&input, History::default()).0)
 }

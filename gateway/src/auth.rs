@@ -1,19 +1,17 @@
 //! Who a client is: JSON Web Tokens for users, service tokens for servers.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, JwkSet};
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
-use parking_lot::Mutex;
 use serde::Deserialize;
 
 use crate::config::AuthConfig;
 use crate::mqtt::Reason;
+use crate::reload::Reloaded;
 use crate::session::{ConnectRefused, Identity};
-
-/// How often a key set's file is looked at for a change.
-const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why authentication can't be set up.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +46,7 @@ pub struct Proof {
 /// Checks passwords and bearer tokens.
 pub struct Auth {
     users: Users,
-    services: Vec<String>,
+    services: Option<Reloaded<Arc<Vec<String>>>>,
 }
 
 enum Users {
@@ -57,17 +55,9 @@ enum Users {
 }
 
 struct Jwt {
-    path: PathBuf,
-    is_key_set: bool,
     audience: Option<String>,
     issuer: Option<String>,
-    loaded: Mutex<Loaded>,
-}
-
-struct Loaded {
-    keys: Vec<Key>,
-    modified: Option<SystemTime>,
-    looked: Instant,
+    keys: Reloaded<Arc<Vec<Key>>>,
 }
 
 #[derive(Clone)]
@@ -107,28 +97,16 @@ impl Auth {
                         });
                     }
                 };
-                let keys = read_keys(&path, is_key_set)?;
-                let loaded = Mutex::new(Loaded { keys, modified: modified(&path), looked: Instant::now() });
-                Users::Jwt(Box::new(Jwt {
-                    path,
-                    is_key_set,
-                    audience: audience.clone(),
-                    issuer: issuer.clone(),
-                    loaded,
-                }))
+                let file = path.clone();
+                let keys = Reloaded::new(&[&path], move || read_keys(&file, is_key_set).map(Arc::new))?;
+                Users::Jwt(Box::new(Jwt { audience: audience.clone(), issuer: issuer.clone(), keys }))
             }
         };
-        let services = match service_tokens {
-            None => Vec::new(),
-            Some(path) => {
-                let text = read(path)?;
-                text.lines()
-                    .map(str::trim)
-                    .filter(|line| !line.is_empty() && !line.starts_with('#'))
-                    .map(str::to_owned)
-                    .collect()
-            }
-        };
+        let services = service_tokens.map(|path| {
+            let file = path.to_owned();
+            Reloaded::new(&[path], move || read_service_tokens(&file).map(Arc::new))
+        });
+        let services = services.transpose()?;
         Ok(Self { users, services })
     }
 
@@ -173,7 +151,7 @@ impl Auth {
             token.len() == other.len()
                 && token.bytes().zip(other.bytes()).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
         };
-        self.services.iter().any(|service| same(service))
+        self.services.as_ref().is_some_and(|services| services.get().iter().any(|service| same(service)))
             || matches!(self.users, Users::Insecure) && token == "insecure-service"
     }
 }
@@ -184,7 +162,7 @@ impl Jwt {
         let header = decode_header(token).map_err(|_| bad("the token is no JSON Web Token"))?;
         let mut problem =
             bad("no key here matches the token's alg and kid: use HS256, RS256, ES256 or EdDSA with a configured key");
-        for key in self.keys() {
+        for key in self.keys.get().iter() {
             let same_id = match (&key.id, &header.kid) {
                 (Some(have), Some(want)) => have == want,
                 _ => true,
@@ -232,31 +210,17 @@ impl Jwt {
         }
         Err(problem)
     }
-
-    /// The keys, read again if their file changed; a broken new file leaves the old ones.
-    fn keys(&self) -> Vec<Key> {
-        let mut loaded = self.loaded.lock();
-        if self.is_key_set && loaded.looked.elapsed() >= RELOAD_INTERVAL {
-            loaded.looked = Instant::now();
-            let modified = modified(&self.path);
-            if modified != loaded.modified {
-                loaded.modified = modified;
-                match read_keys(&self.path, true) {
-                    Ok(keys) => loaded.keys = keys,
-                    Err(error) => tracing::error!(%error, "the key set is kept as it was"),
-                }
-            }
-        }
-        loaded.keys.clone()
-    }
-}
-
-fn modified(path: &Path) -> Option<SystemTime> {
-    std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
 }
 
 fn read(path: &Path) -> Result<String, AuthError> {
     std::fs::read_to_string(path).map_err(|error| AuthError::Read { path: path.to_owned(), error })
+}
+
+/// One token per line; empty lines and those that begin with `#` are none.
+fn read_service_tokens(path: &Path) -> Result<Vec<String>, AuthError> {
+    let text = read(path)?;
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    Ok(lines.map(str::to_owned).collect())
 }
 
 fn read_keys(path: &Path, is_key_set: bool) -> Result<Vec<Key>, AuthError> {
@@ -441,16 +405,11 @@ mod tests {
         let second = token(Algorithm::HS256, "the second secret", &claims);
         assert!(auth.connect("alice", Some(second.as_bytes()), 0).is_err());
         let Users::Jwt(jwt) = &auth.users else { unreachable!("made with keys") };
-        let look_again = || {
-            let mut loaded = jwt.loaded.lock();
-            loaded.modified = None;
-            loaded.looked = Instant::now().checked_sub(RELOAD_INTERVAL).expect("the machine is up for a second");
-        };
         std::fs::write(&path, set("the second secret")).expect("writable");
-        look_again();
+        jwt.keys.look_again();
         assert!(auth.connect("alice", Some(second.as_bytes()), 0).is_ok());
         std::fs::write(&path, "{").expect("writable");
-        look_again();
+        jwt.keys.look_again();
         assert!(auth.connect("alice", Some(second.as_bytes()), 0).is_ok(), "the last good keys stay");
         std::fs::remove_file(path).expect("it was there");
     }

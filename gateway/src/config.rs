@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use im_proto::process::Identity;
+use im_proto::token::{SharedToken, TokenError};
 use serde::Deserialize;
 
 use crate::hub::RoomsConfig;
@@ -32,6 +33,9 @@ pub enum ConfigError {
     /// A value that can't be right.
     #[error("{0}")]
     Invalid(String),
+    /// The token of the tiers.
+    #[error("linkToken: {0}")]
+    Token(#[from] TokenError),
 }
 
 /// One gateway.
@@ -53,7 +57,7 @@ pub struct Config {
     /// Authenticates this tier to the others.
     #[serde(default)]
     pub link_token: Option<String>,
-    /// The file that holds it instead.
+    /// The file that holds it instead, one token per line; see [`im_proto::token`].
     #[serde(default)]
     pub link_token_file: Option<PathBuf>,
     /// MQTT over TCP.
@@ -238,14 +242,16 @@ impl Config {
         Ok(config)
     }
 
-    /// The token, wherever it is.
+    /// What this tier proves itself to the others with, wherever it is.
     ///
     /// # Errors
-    /// [`ConfigError::Read`].
-    pub fn read_link_token(&self) -> Result<Option<String>, ConfigError> {
-        let Some(path) = &self.link_token_file else { return Ok(self.link_token.clone()) };
-        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.clone(), error })?;
-        Ok(Some(text.trim().to_owned()))
+    /// [`ConfigError::Token`].
+    pub fn shared_token(&self) -> Result<SharedToken, ConfigError> {
+        Ok(match (&self.link_token_file, &self.link_token) {
+            (Some(path), _) => SharedToken::file(path)?,
+            (None, Some(token)) => SharedToken::fixed(token)?,
+            (None, None) => SharedToken::none(),
+        })
     }
 
     fn check(&self) -> Result<(), ConfigError> {

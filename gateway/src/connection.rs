@@ -74,6 +74,12 @@ pub async fn handshake<S: Socket>(gateway: Arc<Gateway>, mut stream: S, half_ope
                 }
                 Err(refused) => {
                     metrics.refused(refused.reason);
+                    if matches!(
+                        refused.reason,
+                        Reason::ConnectionRateExceeded | Reason::QuotaExceeded | Reason::ServerUnavailable
+                    ) {
+                        metrics.connects_refused.inc();
+                    }
                     mqtt::connack_refused(&mut out, connect.version, refused.reason, &refused.text);
                 }
             },

@@ -20,6 +20,7 @@ use im_proto::link::{
 };
 use im_proto::links::{LinkEvent, LinkHandler, LinkPool};
 use im_proto::router::{Full, Limits, Output, Router};
+use im_proto::token::SharedToken;
 use parking_lot::Mutex;
 use slab::Slab;
 use tokio::net::tcp::OwnedWriteHalf;
@@ -119,7 +120,7 @@ pub struct Hub {
 
 impl Hub {
     /// A hub without links; they come with the first map. `link_token` authenticates this tier to the owners.
-    pub fn new(me: MemberId, shared: Arc<Shared>, rooms: RoomsConfig, link_token: Option<&str>) -> Arc<Self> {
+    pub fn new(me: MemberId, shared: Arc<Shared>, rooms: RoomsConfig, link_token: SharedToken) -> Arc<Self> {
         let router = Router::new(0, Limits::default());
         let routing = Routing { router, announced: HashMap::new(), members: HashSet::new(), term: 0, number: 0 };
         let hub = Arc::new(Self {

@@ -24,6 +24,7 @@ use crate::auth::Auth;
 use crate::config::{Limits, TlsListen};
 use crate::connection::{Tcp, WebSocket, handshake};
 use crate::hub::Hub;
+use crate::reload::Reloaded;
 
 const BACKLOG: i32 = 4_096;
 /// Pause after an accept that failed for want of something (file descriptors).
@@ -125,7 +126,7 @@ pub enum Wrap {
     /// Not at all.
     Plain,
     /// TLS.
-    Tls(TlsAcceptor),
+    Tls(Arc<Reloaded<TlsAcceptor>>),
     /// WebSocket with the subprotocol `mqtt`.
     WebSocket,
 }
@@ -147,11 +148,17 @@ pub fn bind_shared(address: SocketAddr) -> Result<StdListener, ListenError> {
     bind().map_err(|error| ListenError::Bind { address, error })
 }
 
-/// Reads a certificate chain and its key.
+/// What TLS connections are accepted with; it follows its files, so that a renewed certificate is used for whoever connects next.
 ///
 /// # Errors
 /// [`ListenError::Certificate`].
-pub fn tls_acceptor(listen: &TlsListen) -> Result<TlsAcceptor, ListenError> {
+pub fn tls_acceptor(listen: &TlsListen) -> Result<Arc<Reloaded<TlsAcceptor>>, ListenError> {
+    let files = listen.clone();
+    Ok(Arc::new(Reloaded::new(&[&listen.cert_file, &listen.key_file], move || read_certificate(&files))?))
+}
+
+/// Reads a certificate chain and its key.
+fn read_certificate(listen: &TlsListen) -> Result<TlsAcceptor, ListenError> {
     let wrong = |path: &Path, error: String| ListenError::Certificate { path: path.to_owned(), error };
     let chain: Result<Vec<_>, _> = CertificateDer::pem_file_iter(&listen.cert_file)
         .map_err(|error| wrong(&listen.cert_file, error.to_string()))?
@@ -286,6 +293,7 @@ fn admit(gateway: &Arc<Gateway>, stream: TcpStream, wrap: &Wrap) {
     // Too many that have not said CONNECT yet: the newest is closed.
     let Ok(permit) = gateway.half_open.clone().try_acquire_owned() else {
         gateway.hub.shared.metrics.slow_handshakes.inc();
+        gateway.hub.shared.metrics.connects_refused.inc();
         return;
     };
     // Neither is needed for correctness.
@@ -296,7 +304,7 @@ fn admit(gateway: &Arc<Gateway>, stream: TcpStream, wrap: &Wrap) {
     let half_open = HalfOpen { deadline, _counted: permit };
     match wrap {
         Wrap::Plain => drop(tokio::spawn(handshake(gateway, Tcp::new(stream), half_open))),
-        Wrap::Tls(acceptor) => drop(tokio::spawn(tls(gateway, stream, half_open, acceptor.clone()))),
+        Wrap::Tls(acceptor) => drop(tokio::spawn(tls(gateway, stream, half_open, acceptor.get()))),
         Wrap::WebSocket => drop(tokio::spawn(web_socket(gateway, stream, half_open))),
     }
 }

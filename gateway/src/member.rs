@@ -231,6 +231,8 @@ impl Member {
             connections: hub.connections() as u64,
             messages_per_second: hub.shared.metrics.messages_per_second.get(),
             cpu_cores: hub.shared.metrics.cpu_cores.get(),
+            connect_ms: hub.shared.metrics.connect_seconds.get() * 1_000.0,
+            connects_refused_per_second: hub.shared.metrics.connects_refused_per_second.get(),
             drained: self.is_drained(),
             leaving: self.state.lock().ending.is_some(),
             ..Heartbeat::default()

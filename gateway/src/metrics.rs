@@ -16,6 +16,8 @@ use crate::mqtt::Reason;
 
 /// Averages are taken over this long, seconds.
 const WINDOW_S: usize = 10;
+/// Connects are averaged over this long, seconds: a drain elsewhere has to slow down soon.
+const CONNECTS_WINDOW_S: usize = 3;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {
@@ -63,12 +65,24 @@ pub struct Metrics {
     pub throttled: Counter,
     /// Announcements of sessions to an owner.
     pub announced: Counter,
+    /// Clients that got their CONNACK.
+    pub connected: Counter,
+    /// Milliseconds that they waited for it after their CONNECT, all together.
+    pub connect_ms: Counter,
+    /// Clients that were kept out for want of room: too many at once, too many at all, or no owner to register them.
+    pub connects_refused: Counter,
+    /// Time from CONNECT to CONNACK, 3 s average.
+    pub connect_seconds: FloatGauge,
+    /// Clients kept out for want of room per second, 3 s average.
+    pub connects_refused_per_second: FloatGauge,
 }
 
 #[derive(Debug, Default)]
 struct Averages {
     /// Per second: messages so far, CPU ticks so far.
     samples: VecDeque<(u64, Duration)>,
+    /// Per second: connects so far, milliseconds so far, refused so far.
+    connects: VecDeque<[u64; 3]>,
 }
 
 impl Metrics {
@@ -83,6 +97,16 @@ impl Metrics {
             metrics.messages_per_second.clone(),
         );
         registry.register("cpu_cores", "CPU used in cores, 10 s average", metrics.cpu_cores.clone());
+        registry.register(
+            "connect_seconds",
+            "Time from CONNECT to CONNACK in seconds, 3 s average",
+            metrics.connect_seconds.clone(),
+        );
+        registry.register(
+            "connects_refused_per_second",
+            "Clients kept out for want of room per second, 3 s average",
+            metrics.connects_refused_per_second.clone(),
+        );
         registry.register("refused", "Refusals by reason", metrics.refused.clone());
         for (name, help, counter) in [
             ("accepted", "Publishes taken from clients", &metrics.accepted),
@@ -98,6 +122,8 @@ impl Metrics {
             ("slow_handshakes", "Handshakes that were too slow", &metrics.slow_handshakes),
             ("throttled", "Pauses of clients that send too fast", &metrics.throttled),
             ("announced", "Announcements of sessions to owners", &metrics.announced),
+            ("connected", "Clients that got their CONNACK", &metrics.connected),
+            ("connects_refused", "Clients kept out for want of room", &metrics.connects_refused),
         ] {
             registry.register(name, help, counter.clone());
         }
@@ -115,6 +141,12 @@ impl Metrics {
         self.refused.get_or_create(&ReasonLabel { reason: reason.name() }).get()
     }
 
+    /// Notes a client that got its CONNACK so long after its CONNECT.
+    pub fn connected_after(&self, waited_ms: u64) {
+        self.connected.inc();
+        self.connect_ms.inc_by(waited_ms);
+    }
+
     /// Takes a sample for the averages; to be called once a second. `cpu` is the process's CPU time so far.
     pub fn sample(&self, cpu: Duration) {
         let mut averages = self.averages.lock();
@@ -126,6 +158,16 @@ impl Metrics {
             let seconds = (averages.samples.len() - 1).max(1) as f64;
             self.messages_per_second.set((last.0 - first.0) as f64 / seconds);
             self.cpu_cores.set(last.1.saturating_sub(first.1).as_secs_f64() / seconds);
+        }
+        averages.connects.push_back([self.connected.get(), self.connect_ms.get(), self.connects_refused.get()]);
+        if averages.connects.len() > CONNECTS_WINDOW_S + 1 {
+            averages.connects.pop_front();
+        }
+        if let (Some(first), Some(last)) = (averages.connects.front(), averages.connects.back()) {
+            let [connected, connect_ms, refused] = [0, 1, 2].map(|i| (last[i] - first[i]) as f64);
+            let seconds = (averages.connects.len() - 1).max(1) as f64;
+            self.connect_seconds.set(connect_ms / 1_000.0 / connected.max(1.0));
+            self.connects_refused_per_second.set(refused / seconds);
         }
     }
 
@@ -168,6 +210,19 @@ mod tests {
         }
         assert!((metrics.messages_per_second.get() - 100.0).abs() < 1e-9);
         assert!((metrics.cpu_cores.get() - 0.5).abs() < 1e-9);
+        assert_eq!(metrics.connect_seconds.get(), 0.0, "nobody waited");
+        for second in 30..60 {
+            metrics.sample(Duration::from_millis(second * 500));
+            metrics.connected_after(100);
+            metrics.connected_after(300);
+            metrics.connects_refused.inc_by(5);
+        }
+        assert!((metrics.connect_seconds.get() - 0.2).abs() < 1e-9);
+        assert!((metrics.connects_refused_per_second.get() - 5.0).abs() < 1e-9);
+        for second in 60..65 {
+            metrics.sample(Duration::from_millis(second * 500));
+        }
+        assert_eq!((metrics.connect_seconds.get(), metrics.connects_refused_per_second.get()), (0.0, 0.0));
         metrics.refused(Reason::QuotaExceeded);
         let text = metrics.render();
         assert!(text.contains("im_refused_total{reason=\"quota exceeded\"} 1"), "{text}");

@@ -62,8 +62,8 @@ pub fn start(config: &Config) -> Result<Running, StartError> {
     let me = MemberId::new(&config.name, boot)?;
     let shared = Shared::new(boot, config.session_limits(), Metrics::new());
     let auth = Arc::new(Auth::new(&config.auth, config.service_tokens_file.as_deref())?);
-    let token = config.read_link_token()?;
-    let hub = Hub::new(me, shared, config.rooms_config(), token.as_deref());
+    let token = config.shared_token()?;
+    let hub = Hub::new(me, shared, config.rooms_config(), token.clone());
     let gateway = Gateway::new(hub.clone(), auth, config.limits.clone());
     let listen = |address, wrap| listen::spawn(&gateway, address, wrap);
     let mqtt = config.mqtt.as_ref().map(|at| listen(at.address, Wrap::Plain)).transpose()?;
@@ -77,7 +77,7 @@ pub fn start(config: &Config) -> Result<Running, StartError> {
     let http = config.http.as_ref().map(|at| http::spawn_public(&api, at.address)).transpose()?;
     let identity = Identity { instance: config.identity.instance(), admin_address: config.identity.advertised(admin) };
     let member = Member::new(gateway.clone(), identity);
-    let dialer = ControlDialer::new(config.control.clone(), config.cluster.as_deref(), token.as_deref());
+    let dialer = ControlDialer::new(config.control.clone(), config.cluster.as_deref(), token);
     tokio::spawn(member.clone().stay_joined(dialer));
     tokio::spawn(member.clone().shed());
     tokio::spawn(keep_time(hub.clone()));

@@ -10,6 +10,7 @@ use im_operator::shards::Timing;
 use im_proto::control::{self as wire, Role as WireRole, command::Command, report::Report as Kind};
 use im_proto::dial::ControlDialer;
 use im_proto::ids::MemberId;
+use im_proto::token::{SharedToken, Tokens};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -245,7 +246,8 @@ async fn join(
     rows: &Rows,
     behaviour: &Behaviour,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let mut dialer = ControlDialer::new(vec![control.to_string()], Some("default/chat"), Some(TOKEN));
+    let mut dialer =
+        ControlDialer::new(vec![control.to_string()], Some("default/chat"), SharedToken::fixed(TOKEN).unwrap());
     let (_, mut client) = dialer.connect().await?;
     let (reports, stream) = mpsc::channel(64);
     let report = |kind| wire::Report { report: Some(kind) };
@@ -363,7 +365,7 @@ impl Control {
         let platform = Arc::new(Eyes { machine: machine.clone(), version: AtomicU64::new(0) });
         let led = clusters.lead(
             ClusterKey("default/chat".into()),
-            TOKEN.into(),
+            Tokens::parse(TOKEN).unwrap(),
             platform,
             Setup { timing, ..Setup::default() },
         );
@@ -581,7 +583,8 @@ async fn who_does_not_say_hello_is_refused() {
     control.eventually("control runs", |s| !s.at.is_empty()).await;
     let bad_hello = wire::Hello { member: "no boot id".into(), ..Default::default() };
     for first in [Kind::Heartbeat(wire::Heartbeat::default()), Kind::Hello(bad_hello)] {
-        let mut dialer = ControlDialer::new(vec![machine.address().to_string()], None, Some(TOKEN));
+        let mut dialer =
+            ControlDialer::new(vec![machine.address().to_string()], None, SharedToken::fixed(TOKEN).unwrap());
         let (_, mut client) = dialer.connect().await.unwrap();
         let (reports, stream) = mpsc::channel(1);
         reports.send(wire::Report { report: Some(first) }).await.unwrap();
@@ -596,12 +599,13 @@ async fn who_does_not_say_hello_is_refused() {
 async fn who_has_another_token_is_refused_and_who_asks_a_follower_is_sent_to_the_leader() {
     let (machine, control, _) = two_members().await;
     let join = async |token: Option<&str>| {
+        let token = token.map_or_else(SharedToken::none, |token| SharedToken::fixed(token).unwrap());
         let mut dialer = ControlDialer::new(vec![machine.address().to_string()], Some("default/chat"), token);
         let (_, mut client) = dialer.connect().await.unwrap();
         let (_reports, stream) = mpsc::channel::<wire::Report>(1);
         client.join(dialer.request(ReceiverStream::new(stream))).await.map(tonic::Response::into_inner)
     };
-    for wrong in [None, Some(""), Some("a toke"), Some("another")] {
+    for wrong in [None, Some("a toke"), Some("another")] {
         assert_eq!(join(wrong).await.unwrap_err().code(), tonic::Code::Unauthenticated, "{wrong:?}");
     }
     assert!(join(Some(TOKEN)).await.is_ok());

@@ -5,7 +5,7 @@ mod api_server;
 
 use api_server::ApiServer;
 use im_crds::{ImCluster, MapShard, ShardMapSpec};
-use im_operator::control::{Clusters, Leadership, Setup};
+use im_operator::control::{ClusterKey, Clusters, Leadership, Setup};
 use im_operator::controller::accepted::Accepted;
 use im_operator::controller::http::Metrics;
 use im_operator::controller::keeper::Shared;
@@ -13,6 +13,7 @@ use im_operator::controller::pods::Surroundings;
 use im_operator::controller::reconcile::{Context, key_of, reconcile};
 use im_operator::platform::kubernetes::{KubernetesPlatform, World};
 use im_operator::platform::{Platform, PlatformError, StoredMap, Tier};
+use k8s_openapi::ByteString;
 use kube::Client;
 use kube::core::DeserializeGuard;
 use prometheus_client::registry::Registry;
@@ -234,6 +235,83 @@ async fn a_spec_that_can_not_run_here_and_a_missing_secret_are_told() {
     reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
     let started = || api.names().iter().any(|name| name.starts_with("deployments/")).then_some(());
     eventually("members are started", started).await;
+}
+
+/// A Secret with one key.
+fn secret(name: &str, key: &str, value: &str) -> (String, Value) {
+    let path = format!("/api/v1/namespaces/talk/secrets/{name}");
+    (path, json!({ "metadata": { "name": name }, "data": { key: ByteString(value.into()) } }))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prometheus_credentials_are_missed_without_keeping_anything_from_running() {
+    let (api, context, _leads) = operator().await;
+    let mut spec = minimal();
+    let key = |key: &str| json!({ "name": "monitoring", "key": key });
+    let prometheus = json!({ "url": "https://p:9090", "tokenSecret": key("token"), "caSecret": key("ca.crt") });
+    spec["metrics"] = json!({ "prometheus": prometheus });
+    let cluster = object("chat", 1, &spec);
+    api.put(CLUSTER_PATH, cluster.clone());
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    let told = || conditions(&api, CLUSTER_PATH).contains(&"Degraded=True SecretMissing".to_owned()).then_some(());
+    eventually("the Secret is missed", told).await;
+    let started = || api.names().iter().any(|name| name.starts_with("deployments/chat-gateway")).then_some(());
+    eventually("members are started all the same", started).await;
+
+    let (path, mut monitoring) = secret("monitoring", "token", "t");
+    monitoring["data"]["ca.crt"] = json!(ByteString("PEM".into()));
+    api.put(&path, monitoring);
+    assert_eq!(context.secrets().changed(context.client()).await.len(), 1, "it is there now");
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    eventually("it is put right", || told().is_none().then_some(())).await;
+    assert_eq!(context.secrets().changed(context.client()).await, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_secret_is_noticed_once() {
+    let (api, context, _leads) = operator().await;
+    let mut spec = minimal();
+    spec["serviceTokenSecret"] = json!({ "name": "servers", "key": "token" });
+    spec["storage"] = json!({ "postgres": { "urlSecret": { "name": "database", "key": "url" } } });
+    for (path, object) in [secret("servers", "token", "x"), secret("database", "url", "postgres://a@h/d")] {
+        api.put(&path, object);
+    }
+    let cluster = object("chat", 1, &spec);
+    api.put(CLUSTER_PATH, cluster.clone());
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    assert_eq!(context.secrets().changed(context.client()).await, []);
+
+    for (path, object) in [secret("servers", "token", "y"), secret("database", "url", "postgres://b@h/d")] {
+        api.put(&path, object);
+        let changed = context.secrets().changed(context.client()).await;
+        assert_eq!(changed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["talk/chat"], "{path}");
+        reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+        assert_eq!(context.secrets().changed(context.client()).await, [], "{path}");
+    }
+    context.forget(&ClusterKey("talk/chat".to_owned()));
+    api.remove("/api/v1/namespaces/talk/secrets/servers");
+    assert_eq!(context.secrets().changed(context.client()).await, [], "of who is gone nothing is asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleted_tokens_come_back_as_they_were_and_damaged_ones_are_told() {
+    let (api, context, _leads) = operator().await;
+    let cluster = object("chat", 1, &minimal());
+    api.put(CLUSTER_PATH, cluster.clone());
+    let path = "/api/v1/namespaces/talk/secrets/chat-tokens";
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    let made = api.get(path).expect("the tokens")["data"].clone();
+    api.remove(path);
+    assert_eq!(context.secrets().changed(context.client()).await.len(), 1);
+    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    assert_eq!(api.get(path).expect("the tokens")["data"], made);
+
+    let mut damaged = api.get(path).expect("the tokens");
+    damaged["data"]["store-token"] = json!("");
+    api.put(path, damaged);
+    reconcile(guard(&cluster), context.clone()).await.expect("is no error");
+    let told = || conditions(&api, CLUSTER_PATH).contains(&"Degraded=True TokensDamaged".to_owned()).then_some(());
+    eventually("it is told", told).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,7 @@ use axum::extract::Path;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
-use im_crds::{BuiltIn, ImCluster};
+use im_crds::{BuiltIn, ImCluster, SecretKey};
 use im_operator::metrics::prometheus::{ANSWER_BYTES_MAX, Answer};
 use im_operator::metrics::round::Connector;
 use im_operator::metrics::{Endpoint, Prometheus, PrometheusError, Request, Setup, Target, measure};
@@ -216,19 +216,44 @@ async fn files_are_read_where_they_are_the_users_own_only() {
     let file = std::env::temp_dir().join(format!("im-token-{}", std::process::id()));
     std::fs::write(&file, "open sesame\n").expect("a file");
     let cluster = cluster("http://p:9090", file.to_str());
+    let none = |_: &SecretKey| None;
     let here = Setup { reads_files: true, ..Setup::default() };
-    let endpoint = Endpoint::of(&cluster, &here).expect("readable").expect("one");
+    let endpoint = Endpoint::of(&cluster, &here, none).expect("readable").expect("one");
     assert_eq!((endpoint.url.as_str(), endpoint.token.as_deref()), ("http://p:9090", Some("open sesame")));
-    let error = Endpoint::of(&cluster, &Setup::default()).expect_err("not in a cluster");
+    let error = Endpoint::of(&cluster, &Setup::default(), none).expect_err("not in a cluster");
     assert!(error.to_string().contains("is for `imcluster up`"), "{error}");
     std::fs::remove_file(&file).expect("removable");
-    let error = Endpoint::of(&cluster, &here).expect_err("it is gone");
+    let error = Endpoint::of(&cluster, &here, none).expect_err("it is gone");
     assert!(matches!(error, PrometheusError::Setup(_)) && error.to_string().contains("tokenFile"), "{error}");
 
     let mut plain = cluster;
     plain.spec.metrics.prometheus = None;
     let setup = Setup { prometheus: Some(Endpoint::plain("http://default:9090")), ..Setup::default() };
-    assert_eq!(Endpoint::of(&plain, &setup), Ok(setup.prometheus.clone()));
+    assert_eq!(Endpoint::of(&plain, &setup, none), Ok(setup.prometheus.clone()));
+}
+
+#[test]
+fn secrets_are_read_as_they_are_now_and_a_missing_one_is_named() {
+    let mut cluster = cluster("https://p:9090", None);
+    let key = |key: &str| SecretKey { name: "monitoring".into(), key: key.into() };
+    if let Some(prometheus) = &mut cluster.spec.metrics.prometheus {
+        (prometheus.token_secret, prometheus.ca_secret) = (Some(key("token")), Some(key("ca.crt")));
+    }
+    let setup = Setup::default();
+    for token in ["first", "second"] {
+        let known = |asked: &SecretKey| match asked.key.as_str() {
+            "token" => Some(format!("{token}\n").into_bytes()),
+            _ => Some(b"PEM".to_vec()),
+        };
+        let endpoint = Endpoint::of(&cluster, &setup, known).expect("readable").expect("one");
+        assert_eq!((endpoint.token.as_deref(), endpoint.ca_pem.as_deref()), (Some(token), Some(&b"PEM"[..])));
+    }
+    for (lacks, field) in [("token", "tokenSecret"), ("ca.crt", "caSecret")] {
+        let known = |asked: &SecretKey| (asked.key != lacks).then(Vec::new);
+        let error = Endpoint::of(&cluster, &setup, known).expect_err("there is none").to_string();
+        let words = format!("spec.metrics.prometheus.{field}: there is no Secret monitoring with a key {lacks}");
+        assert!(error.contains(&words), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -246,7 +271,7 @@ async fn members_are_scraped_where_prometheus_has_nothing_fresh() {
     ] {
         let cluster = cluster(&format!("{base}/{kind}"), None);
         let request = Request::of(&cluster, targets.clone(), Duration::from_secs(7));
-        let endpoint = Endpoint::of(&cluster, &Setup::default());
+        let endpoint = Endpoint::of(&cluster, &Setup::default(), |_| None);
         let round = measure(&mut Connector::default(), endpoint, &request).await;
         assert_eq!(round.direct.keys().map(String::as_str).collect::<Vec<_>>(), scraped, "{kind}");
         assert!(round.direct.values().all(|sample| sample.connections == Some(33.0)));

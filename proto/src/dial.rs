@@ -11,6 +11,7 @@ use tonic::{Request, Status};
 
 use crate::control::control_client::ControlClient;
 use crate::links::LINK_SILENCE_MAX;
+use crate::token::SharedToken;
 
 /// The metadata of `Join` that names the member's cluster, `NAMESPACE/NAME`.
 pub const CLUSTER_METADATA: &str = "im-cluster";
@@ -31,7 +32,7 @@ const COMMAND_BYTES_MAX: usize = 64 << 20;
 pub struct ControlDialer {
     names: Vec<String>,
     cluster: Option<MetadataValue<Ascii>>,
-    token: Option<MetadataValue<Ascii>>,
+    token: SharedToken,
     /// Named by the one asked last.
     leader: Option<String>,
     turn: usize,
@@ -40,11 +41,11 @@ pub struct ControlDialer {
 
 impl ControlDialer {
     /// Dials `names` (`host:port`, resolved anew each time, each of a host's addresses in turn) for a member of `cluster`.
-    pub fn new(names: Vec<String>, cluster: Option<&str>, token: Option<&str>) -> Self {
+    pub fn new(names: Vec<String>, cluster: Option<&str>, token: SharedToken) -> Self {
         Self {
             names,
             cluster: cluster.and_then(|cluster| cluster.try_into().ok()),
-            token: token.and_then(|token| MetadataValue::try_from(format!("Bearer {token}")).ok()),
+            token,
             leader: None,
             turn: 0,
             pause: PAUSE.0,
@@ -98,10 +99,10 @@ impl ControlDialer {
     /// The request that opens a stream of reports.
     pub fn request<T>(&self, reports: T) -> Request<T> {
         let mut request = Request::new(reports);
-        let metadata = [("authorization", &self.token), (CLUSTER_METADATA, &self.cluster)];
+        let metadata = [("authorization", self.token.bearer()), (CLUSTER_METADATA, self.cluster.clone())];
         for (key, value) in metadata {
             if let Some(value) = value {
-                request.metadata_mut().insert(key, value.clone());
+                request.metadata_mut().insert(key, value);
             }
         }
         request
@@ -127,7 +128,7 @@ mod tests {
     #[tokio::test]
     async fn all_are_tried_in_turn_and_the_leader_first() {
         let names = vec!["127.0.0.1:1".to_owned(), "127.0.0.2:1".to_owned()];
-        let mut dialer = ControlDialer::new(names, Some("chat/eu"), Some("secret"));
+        let mut dialer = ControlDialer::new(names, Some("chat/eu"), SharedToken::fixed("secret").expect("a token"));
         let first = dialer.next_address().await.expect("an address");
         let second = dialer.next_address().await.expect("an address");
         assert_ne!(first, second);

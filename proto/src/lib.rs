@@ -9,6 +9,7 @@ pub mod ids;
 pub mod links;
 pub mod process;
 pub mod router;
+pub mod token;
 pub mod topic;
 
 /// Gateway ↔ business and business ↔ business.

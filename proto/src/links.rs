@@ -11,12 +11,12 @@ use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep_until, timeout};
 use tokio_stream::{Stream, StreamExt};
-use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
 
 use crate::ids::MemberId;
 use crate::link::link_client::LinkClient;
 use crate::link::{ClientFrame, ClientFrames, Hello, Role, ServerFrame, client_frame, server_frame};
+use crate::token::SharedToken;
 
 /// How often a link's client pings its owner.
 pub const PING_INTERVAL: Duration = Duration::from_secs(1);
@@ -166,7 +166,7 @@ pub type LinkHandler = Arc<dyn Fn(LinkEvent) -> BoxFuture<'static, ()> + Send + 
 pub struct LinkPool {
     me: MemberId,
     role: Role,
-    token: Option<MetadataValue<Ascii>>,
+    token: SharedToken,
     handler: LinkHandler,
     links: Mutex<HashMap<MemberId, PooledLink>>,
 }
@@ -184,8 +184,7 @@ impl Drop for PooledLink {
 
 impl LinkPool {
     /// A pool that dials as `me`; `token` authenticates this tier to the other.
-    pub fn new(me: MemberId, role: Role, token: Option<&str>, handler: LinkHandler) -> Arc<Self> {
-        let token = token.and_then(|token| MetadataValue::try_from(format!("Bearer {token}")).ok());
+    pub fn new(me: MemberId, role: Role, token: SharedToken, handler: LinkHandler) -> Arc<Self> {
         Arc::new(Self { me, role, token, handler, links: Mutex::new(HashMap::new()) })
     }
 
@@ -259,8 +258,8 @@ impl LinkPool {
             |f| outbox.push([frame(f)]).map_err(|overflow| tonic::Status::resource_exhausted(overflow.to_string()));
         push(client_frame::Frame::Hello(hello))?;
         let mut request = tonic::Request::new(outbox.reader().map(|frames| ClientFrames { frames }));
-        if let Some(token) = &self.token {
-            request.metadata_mut().insert("authorization", token.clone());
+        if let Some(bearer) = self.token.bearer() {
+            request.metadata_mut().insert("authorization", bearer);
         }
         let answer = timeout(LINK_SILENCE_MAX, client.open(request)).await;
         let mut inbound = answer.map_err(|_| tonic::Status::deadline_exceeded("no answer to Hello"))??.into_inner();

@@ -27,6 +27,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use im_proto::ids::MemberId;
+use im_proto::token::SharedToken;
 
 /// Multi-row answers end early when their payloads reach this many bytes, so that no answer outgrows a gRPC message.
 pub const ANSWER_BYTES_MAX: usize = 16 << 20;
@@ -300,21 +301,9 @@ pub enum StoreSpec {
     Remote {
         /// `http://host:port`.
         endpoint: String,
-        /// The bearer token that the store member asks for; see [`StoreSpec::with_token`].
-        token: Option<String>,
     },
     /// `postgres://…`: a libpq connection URL.
     Postgres(String),
-}
-
-impl StoreSpec {
-    /// The same with a bearer token, where that means something. (Not a part of the URL: that is visible to everybody in `ps`.)
-    pub fn with_token(self, token: Option<String>) -> Self {
-        match self {
-            Self::Remote { endpoint, .. } => Self::Remote { endpoint, token },
-            other => other,
-        }
-    }
 }
 
 /// Without credentials.
@@ -323,7 +312,7 @@ impl fmt::Debug for StoreSpec {
         match self {
             Self::Memory => f.write_str("memory:"),
             Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
-            Self::Remote { endpoint, .. } => write!(f, "grpc{}", endpoint.strip_prefix("http").unwrap_or(endpoint)),
+            Self::Remote { endpoint } => write!(f, "grpc{}", endpoint.strip_prefix("http").unwrap_or(endpoint)),
             Self::Postgres(url) => write!(f, "postgres://…@{}", url.rsplit_once('@').map_or("…", |(_, host)| host)),
         }
     }
@@ -342,7 +331,7 @@ impl FromStr for StoreSpec {
         match url.split_once(':') {
             Some(("sqlite", path)) if !path.is_empty() => Ok(Self::Sqlite(path.into())),
             Some(("grpc", address)) if address.len() > 2 && address.starts_with("//") => {
-                Ok(Self::Remote { endpoint: format!("http:{address}"), token: None })
+                Ok(Self::Remote { endpoint: format!("http:{address}") })
             }
             _ => Err(OpenError::Url),
         }
@@ -388,12 +377,13 @@ pub enum OpenError {
     NotDurable,
 }
 
-/// Opens a store. `me` is whom the database is to know this process as.
-pub async fn open(spec: &StoreSpec, me: &MemberId) -> Result<Arc<dyn Store>, OpenError> {
+/// Opens a store. `me` is whom the database is to know this process as; `token` is what a store member asks for. (It is not a
+/// part of the URL: that is visible to everybody in `ps`.)
+pub async fn open(spec: &StoreSpec, token: SharedToken, me: &MemberId) -> Result<Arc<dyn Store>, OpenError> {
     Ok(match spec {
         StoreSpec::Memory => Arc::new(memory::MemoryStore::default()),
         StoreSpec::Sqlite(path) => Arc::new(sqlite::Sqlite::open(path)?),
-        StoreSpec::Remote { endpoint, token } => Arc::new(remote::Remote::new(endpoint, token.as_deref())?),
+        StoreSpec::Remote { endpoint } => Arc::new(remote::Remote::new(endpoint, token)?),
         StoreSpec::Postgres(url) => Arc::new(postgres::Postgres::open(url, me).await?),
     })
 }
@@ -518,7 +508,7 @@ mod tests {
         assert!(matches!(parse("memory:"), Ok(StoreSpec::Memory)));
         assert!(matches!(parse("sqlite:/var/lib/im/store.db"), Ok(StoreSpec::Sqlite(p)) if p.ends_with("store.db")));
         assert!(
-            matches!(parse("grpc://store:7000"), Ok(StoreSpec::Remote { endpoint, .. }) if endpoint == "http://store:7000")
+            matches!(parse("grpc://store:7000"), Ok(StoreSpec::Remote { endpoint }) if endpoint == "http://store:7000")
         );
         for bad in ["", "sqlite:", "grpc:store:7000", "grpc://", "mysql://x", "memory:x"] {
             assert!(parse(bad).is_err(), "{bad:?}");

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use im_proto::ids::MemberId;
 use im_proto::store as pb;
 use im_proto::store::store_client::StoreClient;
+use im_proto::token::SharedToken;
 use prost::Message;
-use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
@@ -40,12 +40,12 @@ pub struct Remote {
 
 /// Puts the token on each call.
 #[derive(Debug, Clone)]
-struct Bearer(Option<MetadataValue<Ascii>>);
+struct Bearer(SharedToken);
 
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        if let Some(authorization) = &self.0 {
-            request.metadata_mut().insert("authorization", authorization.clone());
+        if let Some(bearer) = self.0.bearer() {
+            request.metadata_mut().insert("authorization", bearer);
         }
         Ok(request)
     }
@@ -54,13 +54,8 @@ impl Interceptor for Bearer {
 impl Remote {
     /// `endpoint`: `http://host:port`. Connects with the first call, so the store member may start later. Must be called within a tokio
     /// runtime.
-    pub fn new(endpoint: &str, token: Option<&str>) -> Result<Self, OpenError> {
+    pub fn new(endpoint: &str, token: SharedToken) -> Result<Self, OpenError> {
         let unusable = |e: &dyn std::fmt::Display| OpenError::Endpoint { reason: e.to_string() };
-        let bearer = token.map(|token| {
-            let mut value: MetadataValue<Ascii> = format!("Bearer {token}").parse().map_err(|e| unusable(&e))?;
-            value.set_sensitive(true);
-            Ok::<_, OpenError>(value)
-        });
         let channel = Endpoint::from_shared(endpoint.to_owned())
             .map_err(|e| unusable(&e))?
             .connect_timeout(CONNECT_TIMEOUT)
@@ -71,7 +66,7 @@ impl Remote {
             .keep_alive_timeout(Duration::from_secs(3))
             .keep_alive_while_idle(true)
             .connect_lazy();
-        let client = StoreClient::with_interceptor(channel, Bearer(bearer.transpose()?))
+        let client = StoreClient::with_interceptor(channel, Bearer(token))
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         Ok(Self { client })

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use im_proto::ids::MemberId;
 use im_proto::store as pb;
 use im_proto::store::store_server::StoreServer;
+use im_proto::token::SharedToken;
 use tokio::net::TcpListener;
 use tonic::metadata::MetadataValue;
 use tonic::service::InterceptorLayer;
@@ -32,20 +33,20 @@ const CALLS_PER_CONNECTION_MAX: u32 = 1024;
 pub(super) const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 pub(super) const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 
-/// Serves `store` to whoever has the `token` (to everybody, if there is none) until the future is dropped.
+/// Serves `store` to whoever `token` admits until the future is dropped.
 pub async fn serve(
     listener: TcpListener,
     store: Arc<dyn Store>,
-    token: Option<String>,
+    token: SharedToken,
 ) -> Result<(), tonic::transport::Error> {
     let service = StoreServer::new(Service(store))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let authorize = move |request: Request<()>| match &token {
-        Some(token) if !has_token(&request, token) => Err(mark_refused(Status::unauthenticated(
+    let authorize = move |request: Request<()>| match token.admits(request.metadata()) {
+        true => Ok(request),
+        false => Err(mark_refused(Status::unauthenticated(
             "the store asks for its bearer token; give the member the store's token",
         ))),
-        _ => Ok(request),
     };
     Server::builder()
         .max_concurrent_streams(CALLS_PER_CONNECTION_MAX)
@@ -57,15 +58,6 @@ pub async fn serve(
         .add_service(service)
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
         .await
-}
-
-fn has_token(request: &Request<()>, token: &str) -> bool {
-    let given = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
-    given.and_then(|value| value.strip_prefix("Bearer ")).is_some_and(|given| {
-        // Takes as long for a nearly right token as for a wrong one.
-        let different = given.bytes().zip(token.bytes()).fold(0, |different, (a, b)| different | (a ^ b));
-        given.len() == token.len() && different == 0
-    })
 }
 
 fn mark_refused(mut status: Status) -> Status {

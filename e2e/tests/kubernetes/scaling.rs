@@ -169,7 +169,10 @@ async fn who_changes_his_mind_during_a_drain_keeps_his_gateways() -> TestResult 
     let autoscaling = |max: u32| json!({"minReplicas": max.min(3), "maxReplicas": max});
     // They could not be empty before the mind is changed.
     let spec = json!({
-        "gateway": {"replicas": null, "autoscaling": autoscaling(3), "drain": {"notice": "20s"}},
+        "gateway": {
+            "replicas": null, "autoscaling": autoscaling(3), "drain": {"notice": "20s"},
+            "pod": {"resources": {"requests": {"cpu": "500m"}}},
+        },
         "business": {"replicas": 3},
     });
     scenario(Suite::All, spec, async |scene| {

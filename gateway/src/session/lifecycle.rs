@@ -143,7 +143,9 @@ impl Session {
             self.inbox.resume_after(cursor);
         }
         self.resumable = taken;
-        self.phase = Phase::Live;
+        if let Phase::Registering { since_ms } = std::mem::replace(&mut self.phase, Phase::Live) {
+            self.shared.metrics.connected_after(now_ms.saturating_sub(since_ms));
+        }
         let limits = &self.shared.limits;
         let welcome = Welcome {
             session_present,
@@ -162,6 +164,9 @@ impl Session {
 
     pub(super) fn refuse_connect(&mut self, reason: Reason, text: &'static str, effects: &mut Effects) {
         self.shared.metrics.refused(reason);
+        if reason == Reason::ServerUnavailable {
+            self.shared.metrics.connects_refused.inc();
+        }
         mqtt::connack_refused(&mut self.out, self.version, reason, text);
         self.will = None;
         self.end(End::Broken, effects);

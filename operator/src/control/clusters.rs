@@ -7,6 +7,7 @@ use super::status::Status;
 use crate::metrics::ScalingMetrics;
 use crate::platform::Platform;
 use im_crds::ImCluster;
+use im_proto::token::Tokens;
 use parking_lot::RwLock;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -14,7 +15,6 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 use std::collections::HashMap;
 use std::fmt;
-use std::hint::black_box;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::{mpsc, watch};
@@ -72,7 +72,7 @@ pub(super) enum Refusal {
 
 struct Route {
     id: u64,
-    token: String,
+    tokens: Tokens,
     incoming: mpsc::Sender<Incoming>,
 }
 
@@ -104,15 +104,15 @@ impl Clusters {
         self.scaling.register(registry);
     }
 
-    /// Decides for a cluster on a task of its own until the returned [`Led`] is dropped. Members that present `token` are
-    /// taken to it from now on; they wait until the stored map is read and the new term is stored.
+    /// Decides for a cluster on a task of its own until the returned [`Led`] is dropped. Members that present one of `tokens`
+    /// are taken to it from now on; they wait until the stored map is read and the new term is stored.
     ///
     /// An earlier one of the same key gets no more members.
-    pub fn lead<P: Platform>(self: &Arc<Self>, key: ClusterKey, token: String, platform: Arc<P>, setup: Setup) -> Led {
+    pub fn lead<P: Platform>(self: &Arc<Self>, key: ClusterKey, tokens: Tokens, platform: Arc<P>, setup: Setup) -> Led {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (incoming, inbox) = mpsc::channel(INCOMING_MAX);
         let (shown, status) = watch::channel(Status::default());
-        self.routes.write().insert(key.clone(), Route { id, token, incoming });
+        self.routes.write().insert(key.clone(), Route { id, tokens, incoming });
         let scaling = self.scaling.clone();
         let task = tokio::spawn(async move { Leader::new(platform, setup, scaling, shown).await?.run(inbox).await });
         Led { status, task: Some(task), registration: Registration { clusters: self.clone(), key, id } }
@@ -145,17 +145,12 @@ impl Clusters {
             None => None,
         };
         let route = route.ok_or_else(|| Refusal::UnknownCluster(key.unwrap_or("(none given)").to_owned()))?;
-        if token.is_some_and(|token| same_secret(token.as_bytes(), route.token.as_bytes())) {
+        if token.is_some_and(|token| route.tokens.accept(token)) {
             Ok(route.incoming.clone())
         } else {
             Err(Refusal::Unauthenticated)
         }
     }
-}
-
-/// Compares in a time that says nothing about where two secrets of one length differ.
-fn same_secret(a: &[u8], b: &[u8]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).fold(0, |differs, (a, b)| black_box(differs | (a ^ b))) == 0
 }
 
 /// A cluster that this process decides for. Dropping it ends that: its members are told to join anew.
@@ -167,6 +162,14 @@ pub struct Led {
 }
 
 impl Led {
+    /// Takes members in that present one of these tokens, from now on.
+    pub fn set_tokens(&self, tokens: Tokens) {
+        let Registration { clusters, key, id } = &self.registration;
+        if let Some(route) = clusters.routes.write().get_mut(key).filter(|route| route.id == *id) {
+            route.tokens = tokens;
+        }
+    }
+
     /// Waits until nobody decides any more, and says why: `Ok` when the platform's watch ended. Cancel-safe; once it has
     /// told, it waits for ever.
     ///
@@ -227,7 +230,10 @@ mod tests {
         let id = clusters.next_id.fetch_add(1, Ordering::Relaxed);
         let (incoming, inbox) = mpsc::channel(1);
         let key = ClusterKey(key.to_owned());
-        clusters.routes.write().insert(key.clone(), Route { id, token: token.to_owned(), incoming });
+        clusters
+            .routes
+            .write()
+            .insert(key.clone(), Route { id, tokens: Tokens::parse(token).expect("a token"), incoming });
         (Registration { clusters: clusters.clone(), key, id }, inbox)
     }
 

@@ -22,6 +22,7 @@ use crate::platform::process::ProcessPlatform;
 use crate::platform::{Platform, PlatformError};
 use crate::up::data_dir::{DataDir, DataDirError, write_atomically};
 use im_proto::control::control_server::ControlServer;
+use im_proto::token::Tokens;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -66,6 +67,9 @@ pub enum ControlError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The data directory's secrets are damaged.
+    #[error("{0} holds no token for its members: put the file of secrets back, or begin with another data directory")]
+    Token(PathBuf),
     /// The gRPC server ended.
     #[error("the control service ended: {0}")]
     Server(#[from] tonic::transport::Error),
@@ -91,7 +95,8 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> ControlError {
 pub async fn run(options: Options) -> Result<(), ControlError> {
     let data = DataDir::open(&options.data_dir)?;
     let endpoints = data.endpoints()?;
-    let token = data.secrets()?.link_token;
+    let no_token = || ControlError::Token(data.root().to_owned());
+    let tokens = Tokens::parse(&data.secrets()?.link_token).ok_or_else(no_token)?;
     let mut terminations = signal(SignalKind::terminate()).map_err(io("SIGTERM"))?;
     let platform = Arc::new(ProcessPlatform::connect(data.clone(), options.paths_from.clone()).await?);
     let listener = TcpListener::bind(endpoints.control).await.map_err(io(endpoints.control.to_string()))?;
@@ -101,7 +106,7 @@ pub async fn run(options: Options) -> Result<(), ControlError> {
     let clusters = Clusters::new(leadership);
     let key = ClusterKey::of(&platform.cluster()?);
     let metrics = metrics::Setup { reads_files: true, ..metrics::Setup::default() };
-    let mut led = clusters.lead(key, token, platform.clone(), Setup { metrics, ..Setup::default() });
+    let mut led = clusters.lead(key, tokens, platform.clone(), Setup { metrics, ..Setup::default() });
 
     let socket = data.status_socket();
     let _ = std::fs::remove_file(&socket);

@@ -23,6 +23,8 @@ pub(super) struct Observed<'a> {
     /// A new configuration is being rolled out.
     pub(super) rolling: bool,
     pub(super) signals: &'a Signals,
+    /// Cores that are set aside for each member.
+    pub(super) cores: f64,
 }
 
 /// How many members there should be, and why.
@@ -67,8 +69,9 @@ impl Scaler {
     }
 
     fn auto(&mut self, now: Duration, spec: &Autoscaling, observed: &Observed<'_>) -> Wanted {
-        let Observed { tier, members, ordered, rolling: _, signals } = *observed;
-        let readings: Vec<Reading> = spec.metrics.iter().map(|metric| signals.reading(tier, members, metric)).collect();
+        let Observed { tier, members, ordered, rolling: _, signals, cores } = *observed;
+        let reading = |metric| signals.reading(tier, members, metric, cores);
+        let readings: Vec<Reading> = spec.metrics.iter().map(reading).collect();
         let input = Input { now: clock(now), spec, members, ordered, readings: &readings };
         let (decision, history) = decide(&input, std::mem::take(&mut self.history));
         self.history = history;
@@ -118,7 +121,8 @@ mod tests {
             let names: BTreeSet<String> = members.iter().map(|member| member.name.clone()).collect();
             self.signals.absorb("now", &names, Round { asked_at: clock(now), prometheus: None, direct });
             let signals = &self.signals;
-            let observed = Observed { tier: Tier::Gateway, members: &members, ordered: 0, rolling, signals };
+            let observed =
+                Observed { tier: Tier::Gateway, members: &members, ordered: 0, rolling, signals, cores: 1.0 };
             self.scaler.decide(now, scaling, &observed)
         }
     }
@@ -295,8 +299,14 @@ mod tests {
                 }
                 let members: Vec<Member> =
                     (0..running).map(|i| Member { name: format!("g{i}"), state: MemberState::Ready }).collect();
-                let observed =
-                    Observed { tier: Tier::Gateway, members: &members, ordered: 0, rolling: false, signals: &signals };
+                let observed = Observed {
+                    tier: Tier::Gateway,
+                    members: &members,
+                    ordered: 0,
+                    rolling: false,
+                    signals: &signals,
+                    cores: 1.0,
+                };
                 let wanted = scaler.decide(now, cluster.spec.gateway.scaling(), &observed);
                 if wanted.replicas < u32::from(running) {
                     let doubt = doubts.iter().rev().find(|at| second - **at <= window);

@@ -9,6 +9,7 @@ use im_proto::control::control_server::Control;
 use im_proto::control::{self as wire, Command, Report, command, report};
 use im_proto::dial::CLUSTER_METADATA;
 use im_proto::ids::MemberId;
+use im_proto::token::bearer_of;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -138,8 +139,7 @@ impl Control for ControlService {
 
     async fn join(&self, request: Request<Streaming<Report>>) -> Result<Response<Self::JoinStream>, Status> {
         let text = |key| request.metadata().get(key).and_then(|value| value.to_str().ok());
-        let token = text("authorization").and_then(|value| value.strip_prefix("Bearer "));
-        let incoming = match self.clusters.route(text(CLUSTER_METADATA), token) {
+        let incoming = match self.clusters.route(text(CLUSTER_METADATA), bearer_of(request.metadata())) {
             Ok(incoming) => incoming,
             Err(Refusal::NotLeader(leader)) => {
                 let not_leader = wire::NotLeader { address: leader.unwrap_or_default() };

@@ -6,6 +6,7 @@
 //! time: so many more are started, and once all are ready as many outdated ones leave.
 
 use crate::platform::Tier;
+use std::time::Duration;
 
 /// How far a member is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -125,6 +126,73 @@ pub fn drain_rate(rate_max: u32, connect_rate: u32, connections_max: u32, draini
     let intake = 0.2 * f64::from(connect_rate) * others.len() as f64;
     // Without room shedding would only move the crowd in circles.
     intake.min(f64::from(rate_max)).min(room as f64) / draining.max(1) as f64
+}
+
+/// What gateways that stay go through while clients come to them from others.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Strain {
+    /// Milliseconds from CONNECT to CONNACK, at the slowest of them.
+    pub connect_ms: f64,
+    /// Clients that they keep out per second, all together.
+    pub refused_per_second: f64,
+}
+
+impl Strain {
+    /// That of these gateways: the slowest of them counts, since its clients wait there.
+    pub fn of(gateways: impl Iterator<Item = Self>) -> Self {
+        gateways.fold(Self::default(), |all, one| Self {
+            connect_ms: all.connect_ms.max(one.connect_ms),
+            refused_per_second: all.refused_per_second + one.refused_per_second,
+        })
+    }
+
+    fn hurts(self) -> bool {
+        self.connect_ms > CONNECT_MS_MAX || self.refused_per_second > 0.0
+    }
+}
+
+/// Clients that wait longer for their CONNACK say that more come than can be taken in, milliseconds. An owner's registration is a
+/// commit or two.
+const CONNECT_MS_MAX: f64 = 500.0;
+/// After the pace was halved its effect has to be seen before it is halved again: gateways average over 3 s, and say so each 0.5 s.
+const EFFECT_SEEN: Duration = Duration::from_secs(4);
+/// From a standstill to the full rate.
+const RECOVERY: Duration = Duration::from_secs(60);
+/// A drain never stands still: what is left at its deadline would come back all at once.
+const PACE_MIN: f64 = 1.0 / 32.0;
+
+/// Which part of what the others have room for is shed: halved while it hurts, and back to the whole little by little. Additive
+/// increase and multiplicative decrease (Chiu and Jain 1989) find the rate that nobody knows: how fast clients come back, and
+/// what it costs to take them in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    part: f64,
+    looked_at: Duration,
+    halved_at: Option<Duration>,
+}
+
+impl Pace {
+    /// The whole, as of `now`.
+    pub fn full(now: Duration) -> Self {
+        Self { part: 1.0, looked_at: now, halved_at: None }
+    }
+
+    /// From above 0 to 1.
+    pub fn part(self) -> f64 {
+        self.part
+    }
+
+    /// The pace at `now`, while the others go through `strain`.
+    pub fn next(self, now: Duration, strain: Strain) -> Self {
+        let elapsed = now.saturating_sub(self.looked_at);
+        let waits = self.halved_at.is_some_and(|at| now.saturating_sub(at) < EFFECT_SEEN);
+        let (part, halved_at) = match (strain.hurts(), waits) {
+            (true, true) => (self.part, self.halved_at),
+            (true, false) => ((self.part / 2.0).max(PACE_MIN), Some(now)),
+            (false, _) => ((self.part + elapsed.as_secs_f64() / RECOVERY.as_secs_f64()).min(1.0), self.halved_at),
+        };
+        Self { part, looked_at: now, halved_at }
+    }
 }
 
 /// A gateway this much above the mean sheds some of its connections …
@@ -283,6 +351,60 @@ mod tests {
         assert_eq!(drain_rate(500, 1_000, 10_000, 2, &[0, 0]), 200.0);
         assert_eq!(drain_rate(500, 1_000, 10_000, 1, &[10_000]), 0.0);
         assert_eq!(drain_rate(500, 1_000, 10_000, 1, &[]), 0.0);
+    }
+
+    #[test]
+    fn a_drain_slows_down_while_it_hurts_and_comes_back_little_by_little() {
+        let calm = Strain { connect_ms: 499.0, refused_per_second: 0.0 };
+        let slow = Strain { connect_ms: 501.0, refused_per_second: 0.0 };
+        let full = Strain { connect_ms: 5.0, refused_per_second: 0.1 };
+        assert_eq!(Strain::of([calm, full, full].into_iter()), Strain { connect_ms: 499.0, refused_per_second: 0.2 });
+        let mut pace = Pace::full(Duration::ZERO);
+        // At that second, under that strain, this part.
+        for (second, strain, part) in [
+            (1, calm, 1.0),
+            (2, slow, 0.5),
+            (3, slow, 0.5),
+            (5, full, 0.5),
+            (6, full, 0.25),
+            (9, calm, 0.3),
+            (10, slow, 0.15),
+            (14, slow, 0.075),
+            (18, slow, 0.0375),
+            (22, slow, PACE_MIN),
+            (26, full, PACE_MIN),
+            (56, calm, PACE_MIN + 0.5),
+            (200, calm, 1.0),
+            (201, slow, 0.5),
+        ] {
+            pace = pace.next(Duration::from_secs(second), strain);
+            assert!((pace.part() - part).abs() < 1e-9, "{} at {second} s", pace.part());
+        }
+    }
+
+    /// Clients come back at once to gateways that take in so many a second; what is more waits.
+    #[test]
+    fn a_drain_finds_what_the_others_can_take_in() {
+        for (offered, taken_in) in [(500.0, 50.0), (500.0, 400.0), (100.0, 1_000.0)] {
+            let (mut pace, mut queue, mut shed, mut longest_ms) = (Pace::full(Duration::ZERO), 0.0_f64, 0.0, 0.0_f64);
+            for second in 1..=600 {
+                let rate = offered * pace.part();
+                shed += rate;
+                queue = (queue + rate - taken_in).max(0.0);
+                let strain = Strain { connect_ms: queue / taken_in * 1_000.0, refused_per_second: 0.0 };
+                pace = pace.next(Duration::from_secs(second), strain);
+                if second > 60 {
+                    longest_ms = longest_ms.max(strain.connect_ms);
+                }
+            }
+            let possible = offered.min(taken_in) * 600.0;
+            println!(
+                "{offered}/s to who takes {taken_in}/s: {:.0} % of what is possible, then at most {longest_ms:.0} ms",
+                shed / possible * 100.0
+            );
+            assert!(shed > possible * 0.6, "{shed} of {possible}");
+            assert!(longest_ms < 10_000.0, "{longest_ms} ms");
+        }
     }
 
     #[test]

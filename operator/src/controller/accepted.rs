@@ -1,5 +1,6 @@
 //! An ImCluster that can run on Kubernetes, and what its children are called.
 
+use super::secrets::SecretValues;
 use crate::control::ClusterKey;
 use crate::platform::{Role, Tier};
 use im_crds::{ImCluster, Place, Violation};
@@ -29,6 +30,7 @@ pub struct Accepted {
     namespace: String,
     name: String,
     owner: OwnerReference,
+    secrets: SecretValues,
 }
 
 impl Accepted {
@@ -44,7 +46,9 @@ impl Accepted {
         }
         let meta = &cluster.metadata;
         match (meta.namespace.clone(), meta.name.clone(), cluster.controller_owner_ref(&())) {
-            (Some(namespace), Some(name), Some(owner)) => Ok(Self { cluster: cluster.clone(), namespace, name, owner }),
+            (Some(namespace), Some(name), Some(owner)) => {
+                Ok(Self { cluster: cluster.clone(), namespace, name, owner, secrets: SecretValues::default() })
+            }
             _ => Err(vec![Violation {
                 path: "metadata".to_owned(),
                 reason: "has no namespace, name or uid: the API server gives them to every object".to_owned(),
@@ -55,6 +59,16 @@ impl Accepted {
     /// The object.
     pub fn cluster(&self) -> &ImCluster {
         &self.cluster
+    }
+
+    /// The same with what its Secrets hold.
+    pub fn with_secrets(self, secrets: SecretValues) -> Self {
+        Self { secrets, ..self }
+    }
+
+    /// What its Secrets held when they were read last.
+    pub fn secrets(&self) -> &SecretValues {
+        &self.secrets
     }
 
     /// Its namespace, where all children live too.

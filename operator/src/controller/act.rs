@@ -4,12 +4,13 @@ use super::accepted::{Accepted, MANAGER};
 use super::children::tokens;
 use super::decide::Decision;
 use super::observe::Child;
+use k8s_openapi::ByteString;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Api, Client};
 use parking_lot::Mutex;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// A write that failed.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +30,8 @@ type Applied = HashMap<(String, String), (u64, String)>;
 #[derive(Debug, Default)]
 pub struct Memory {
     applied: Mutex<Applied>,
+    /// What the Secret of tokens held, for the case that it is deleted.
+    tokens: Mutex<HashMap<String, BTreeMap<String, ByteString>>>,
 }
 
 impl Memory {
@@ -52,8 +55,16 @@ impl Memory {
         self.applied.lock().insert(Self::key(accepted, child), (Self::digest(child), version));
     }
 
+    /// Keeps what the Secret of tokens holds.
+    pub fn learn_tokens(&self, accepted: &Accepted, secret: &Secret) {
+        if let Some(data) = &secret.data {
+            self.tokens.lock().insert(accepted.key().0, data.clone());
+        }
+    }
+
     /// An ImCluster is gone.
     pub fn forget(&self, key: &str) {
+        self.tokens.lock().remove(key);
         self.applied.lock().retain(|(cluster, _), _| cluster != key);
     }
 }
@@ -76,13 +87,14 @@ pub async fn act(
     memory: &Memory,
     wrote: impl Fn(&str),
 ) -> Acted {
-    let Decision { apply, make_tokens, spent, unused_configs, problem: _ } = decision;
+    let Decision { apply, make_tokens, spent, unused_configs, problem: _, complaint: _ } = decision;
     let namespace = accepted.namespace();
     let mut acted = Acted::default();
     let errors = &mut acted.errors;
     if make_tokens {
         wrote("Secret");
-        let secret = tokens(accepted, rand::random);
+        let known = memory.tokens.lock().get(&accepted.key().0).cloned();
+        let secret = tokens(accepted, known, rand::random);
         let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
         let posts = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
         match api.create(&posts, &secret).await {

@@ -8,6 +8,8 @@ use super::members::{ADMIN_PORT, LINK_PORT, LINK_TOKEN, STORE_PORT, STORE_TOKEN,
 use super::pods::{self, Surroundings};
 use crate::platform::Role;
 use im_crds::{Auth, SecretKey, ServiceType, Storage};
+use im_proto::token::Tokens;
+use k8s_openapi::ByteString;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret, Service, ServiceAccount, ServicePort, ServiceSpec};
 use k8s_openapi::api::networking::v1::{
@@ -195,23 +197,27 @@ fn network_policy(accepted: &Accepted, role: Role) -> NetworkPolicy {
     }
 }
 
-/// The Secret with which the tiers prove to each other that they belong together. Made once; what a member was started
-/// with stays true.
-pub fn tokens(accepted: &Accepted, mut random: impl FnMut() -> u128) -> Secret {
-    let mut token = || format!("{:032x}", random());
-    let data = BTreeMap::from([(LINK_TOKEN.to_owned(), token()), (STORE_TOKEN.to_owned(), token())]);
+/// The Secret with which the tiers prove to each other that they belong together. Made once, from `known` if it was deleted since:
+/// members still show each other what it held.
+pub fn tokens(
+    accepted: &Accepted,
+    known: Option<BTreeMap<String, ByteString>>,
+    mut random: impl FnMut() -> u128,
+) -> Secret {
+    let mut token = || ByteString(format!("{:032x}", random()).into_bytes());
+    let fresh = || BTreeMap::from([(LINK_TOKEN.to_owned(), token()), (STORE_TOKEN.to_owned(), token())]);
     Secret {
         metadata: metadata(accepted, accepted.child("tokens"), accepted.labels()),
-        string_data: Some(data),
+        data: Some(known.unwrap_or_else(fresh)),
         type_: Some("Opaque".to_owned()),
         ..Secret::default()
     }
 }
 
-/// One of these tokens.
-pub fn token_of(secret: Option<&Secret>, key: &str) -> Option<String> {
-    let token = secret?.data.as_ref()?.get(key)?;
-    String::from_utf8(token.0.clone()).ok().filter(|token| !token.is_empty())
+/// One kind of these tokens.
+pub fn tokens_of(secret: &Secret, key: &str) -> Option<Tokens> {
+    let text = &secret.data.as_ref()?.get(key)?.0;
+    Tokens::parse(std::str::from_utf8(text).ok()?)
 }
 
 /// A Secret that the user names, and the keys that it must have.
@@ -223,6 +229,8 @@ pub struct SecretNeed {
     pub name: String,
     /// Keys that must be there.
     pub keys: Vec<String>,
+    /// Members can't be started without it.
+    pub essential: bool,
 }
 
 /// Every Secret that the ImCluster refers to.
@@ -237,14 +245,19 @@ pub fn secret_needs(accepted: &Accepted) -> Vec<SecretNeed> {
     if let Storage::Postgres(postgres) = &spec.storage {
         needs.push(("spec.storage.postgres.urlSecret", postgres.url_secret.as_ref()));
     }
-    let need = |(field, secret): (&'static str, Option<&SecretKey>)| {
+    let essential = needs.len();
+    if let Some(prometheus) = &spec.metrics.prometheus {
+        needs.push(("spec.metrics.prometheus.tokenSecret", prometheus.token_secret.as_ref()));
+        needs.push(("spec.metrics.prometheus.caSecret", prometheus.ca_secret.as_ref()));
+    }
+    let need = |(index, (field, secret)): (usize, (&'static str, Option<&SecretKey>))| {
         let SecretKey { name, key } = secret?;
-        Some(SecretNeed { field, name: name.clone(), keys: vec![key.clone()] })
+        Some(SecretNeed { field, name: name.clone(), keys: vec![key.clone()], essential: index < essential })
     };
-    let mut needs: Vec<SecretNeed> = needs.into_iter().filter_map(need).collect();
+    let mut needs: Vec<SecretNeed> = needs.into_iter().enumerate().filter_map(need).collect();
     if let Some(name) = spec.access.tls.as_ref().and_then(|tls| tls.secret_name.clone()) {
         let keys = vec!["tls.crt".to_owned(), "tls.key".to_owned()];
-        needs.push(SecretNeed { field: "spec.access.tls.secretName", name, keys });
+        needs.push(SecretNeed { field: "spec.access.tls.secretName", name, keys, essential: true });
     }
     needs
 }
@@ -253,6 +266,7 @@ pub fn secret_needs(accepted: &Accepted) -> Vec<SecretNeed> {
 mod tests {
     use super::*;
     use crate::controller::pods::MemberTemplate;
+    use crate::controller::secrets::SecretValues;
     use crate::platform::Tier;
     use im_crds::ImCluster;
     use serde::Serialize;
@@ -265,7 +279,14 @@ mod tests {
           tls: {address: '0.0.0.0:8883', secretName: chat-tls}
           http: {address: '0.0.0.0:8080'}
         storage: {postgres: {urlSecret: {name: database, key: url}}}
-        gateway: {autoscaling: {minReplicas: 2, maxReplicas: 10}}
+        metrics:
+          prometheus:
+            url: https://prometheus:9090
+            tokenSecret: {name: monitoring, key: token}
+            caSecret: {name: monitoring, key: ca.crt}
+        gateway:
+          autoscaling: {minReplicas: 2, maxReplicas: 10}
+          pod: {resources: {requests: {cpu: 500m}}}
         business: {replicas: 3}";
     const EVERYTHING: &str = "
         image: registry.example/im@sha256:0123
@@ -321,7 +342,7 @@ mod tests {
         let accepted = accepted(spec);
         let Children { service_accounts, services, disruption_budgets, network_policies, store_config, store } =
             Children::new(&accepted, &surroundings());
-        let mut objects = values([tokens(&accepted, || 7)]);
+        let mut objects = values([tokens(&accepted, None, || 7)]);
         objects.extend(values(service_accounts));
         objects.extend(values(services));
         objects.extend(values(disruption_budgets));
@@ -385,6 +406,37 @@ mod tests {
     }
 
     #[test]
+    fn a_database_with_another_url_replaces_business_members_and_nobody_else() {
+        let with_url = |url: Option<&str>| {
+            let accepted = accepted(USUAL);
+            let mut values = SecretValues::default();
+            for need in secret_needs(&accepted) {
+                let value = if need.name == "database" { url } else { url.map(|_| "as it is") };
+                let data = need.keys.iter().filter_map(|key| Some((key.clone(), ByteString(value?.into()))));
+                values.learn(&need, &Secret { data: Some(data.collect()), ..Secret::default() });
+            }
+            let accepted = accepted.with_secrets(values);
+            Tier::ALL.map(|tier| MemberTemplate::new(&accepted, &surroundings(), tier).digest)
+        };
+        let [gateway, business] = with_url(Some("postgres://a"));
+        assert_eq!(with_url(Some("postgres://a")), [gateway.clone(), business.clone()]);
+        let [same, other] = with_url(Some("postgres://b"));
+        assert!(same == gateway && other != business);
+        assert_eq!(with_url(None)[0], gateway, "what gateways read again is no part of their template");
+    }
+
+    #[test]
+    fn deleted_tokens_are_made_again_as_they_were() {
+        let accepted = accepted(MINIMAL);
+        let made = tokens(&accepted, None, || 7);
+        let again = tokens(&accepted, made.data.clone(), || 8);
+        assert_eq!(again, made);
+        let other = tokens(&accepted, None, || 8);
+        assert_ne!(tokens_of(&other, LINK_TOKEN), tokens_of(&made, LINK_TOKEN));
+        assert!(tokens_of(&made, LINK_TOKEN).is_some_and(|tokens| tokens.accept(&format!("{:032x}", 7))));
+    }
+
+    #[test]
     fn every_secret_of_the_user_is_needed_with_its_keys() {
         let needs = |spec| -> Vec<String> {
             let needs = secret_needs(&accepted(spec));
@@ -396,9 +448,13 @@ mod tests {
             [
                 "spec.auth.jwt.jwksSecret login jwks.json",
                 "spec.storage.postgres.urlSecret database url",
+                "spec.metrics.prometheus.tokenSecret monitoring token",
+                "spec.metrics.prometheus.caSecret monitoring ca.crt",
                 "spec.access.tls.secretName chat-tls tls.crt,tls.key",
             ]
         );
         assert_eq!(needs(EVERYTHING).len(), 3);
+        let essential = |need: &SecretNeed| need.name != "monitoring";
+        assert!(secret_needs(&accepted(USUAL)).iter().all(|need| need.essential == essential(need)));
     }
 }

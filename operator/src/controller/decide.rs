@@ -1,8 +1,11 @@
 //! Second step of a reconcile: what is to be written. Pure.
 
 use super::accepted::Accepted;
+use super::children::tokens_of;
+use super::members::{LINK_TOKEN, STORE_TOKEN};
 use super::observe::{Child, Observation, Observed, SecretState};
 use crate::platform::kubernetes::facts::DeploymentFacts;
+use k8s_openapi::api::core::v1::Secret;
 use kube::ResourceExt;
 use serde_json::Value;
 
@@ -26,8 +29,10 @@ pub struct Decision {
     pub spent: Vec<DeploymentFacts>,
     /// ConfigMaps to be deleted.
     pub unused_configs: Vec<String>,
-    /// What stands in the way.
+    /// What stands in the way: what is asked for can't be run.
     pub problem: Option<Problem>,
+    /// What is wrong and keeps nothing from running.
+    pub complaint: Option<Problem>,
 }
 
 impl Decision {
@@ -44,6 +49,14 @@ pub fn decide(accepted: &Accepted, observed: Observed, written: impl Fn(&Child, 
     let mut decision = Decision { make_tokens: observed.tokens.is_none(), ..Decision::default() };
     decision.spent = observed.spent;
     decision.unused_configs = observed.unused_configs;
+    let lacks = |secret: &Secret| [LINK_TOKEN, STORE_TOKEN].into_iter().find(|key| tokens_of(secret, key).is_none());
+    if let Some(key) = observed.tokens.as_ref().and_then(lacks) {
+        let message = format!(
+            "the Secret {} has no token under {key}: put one there, one per line, or delete the Secret to get it back",
+            accepted.child("tokens")
+        );
+        decision.problem = Some(Problem { reason: "TokensDamaged", message });
+    }
     for Observation { child, live } in observed.children {
         match &live {
             Some(live) if !live.owner_references().iter().any(|owner| owner.uid == accepted.owner().uid) => {
@@ -68,7 +81,8 @@ pub fn decide(accepted: &Accepted, observed: Observed, written: impl Fn(&Child, 
                 format!("{}: the Secret {} has no key {}: add it", need.field, need.name, keys.join(", "))
             }
         };
-        decision.problem.get_or_insert(Problem { reason: "SecretMissing", message });
+        let place = if need.essential { &mut decision.problem } else { &mut decision.complaint };
+        place.get_or_insert(Problem { reason: "SecretMissing", message });
     }
     decision
 }
@@ -93,11 +107,13 @@ pub fn covers(live: &Value, wanted: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::controller::children::SecretNeed;
+    use crate::controller::children::{SecretNeed, tokens};
     use im_crds::ImCluster;
-    use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
+    use k8s_openapi::ByteString;
+    use k8s_openapi::api::core::v1::ServiceAccount;
     use kube::api::{ApiResource, DynamicObject};
     use serde_json::json;
+    use std::collections::BTreeMap;
 
     fn accepted() -> Accepted {
         let cluster = ImCluster::parse_yaml(
@@ -115,8 +131,9 @@ mod tests {
         let live: Option<DynamicObject> = live.map(|live| serde_json::from_value(live).expect("an object"));
         Observed {
             children: vec![Observation { child, live }],
-            tokens: Some(Secret::default()),
+            tokens: Some(tokens(&accepted(), None, || 7)),
             secrets: Vec::new(),
+            secret_versions: BTreeMap::new(),
             spent: Vec::new(),
             rolling: false,
             unused_configs: Vec::new(),
@@ -151,7 +168,12 @@ mod tests {
 
     #[test]
     fn a_missing_secret_is_named_with_its_field() {
-        let need = SecretNeed { field: "spec.serviceTokenSecret", name: "servers".into(), keys: vec!["token".into()] };
+        let need = SecretNeed {
+            field: "spec.serviceTokenSecret",
+            name: "servers".into(),
+            keys: vec!["token".into()],
+            essential: true,
+        };
         for (state, words) in [
             (SecretState::Complete, None),
             (SecretState::Missing, Some("spec.serviceTokenSecret: there is no Secret servers: create it")),
@@ -160,9 +182,26 @@ mod tests {
                 Some("spec.serviceTokenSecret: the Secret servers has no key token: add it"),
             ),
         ] {
-            let observed = Observed { secrets: vec![(need.clone(), state)], ..observed(live("u1", false)) };
-            let problem = decide(&accepted(), observed, |_, _| false).problem;
-            assert_eq!(problem.map(|problem| problem.message), words.map(str::to_owned));
+            for essential in [true, false] {
+                let need = SecretNeed { essential, ..need.clone() };
+                let observed = Observed { secrets: vec![(need, state.clone())], ..observed(live("u1", false)) };
+                let Decision { problem, complaint, .. } = decide(&accepted(), observed, |_, _| false);
+                let (told, silent) = if essential { (problem, complaint) } else { (complaint, problem) };
+                assert_eq!(told.map(|told| told.message), words.map(str::to_owned));
+                assert_eq!(silent, None);
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_that_nobody_can_show_are_a_problem() {
+        let mut secret = tokens(&accepted(), None, || 7);
+        for (value, problem) in [("a\nb", None), (" \n", Some("TokensDamaged"))] {
+            let data = secret.data.get_or_insert_default();
+            data.insert(STORE_TOKEN.to_owned(), ByteString(value.into()));
+            let observed = Observed { tokens: Some(secret.clone()), ..observed(live("u1", false)) };
+            let decision = decide(&accepted(), observed, |_, _| false);
+            assert_eq!(decision.problem.map(|problem| problem.reason), problem, "{value:?}");
         }
     }
 

@@ -9,6 +9,7 @@ use super::status::{Situation, is_news, status};
 use crate::control::{Clusters, ControlError, Led, Setup};
 use crate::platform::kubernetes::{KubernetesPlatform, World};
 use im_crds::{ImCluster, ImClusterStatus};
+use im_proto::token::Tokens;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
@@ -34,8 +35,8 @@ const RAN_WELL: Duration = Duration::from_secs(60);
 pub struct Order {
     /// What the status is about.
     pub situation: Situation,
-    /// What is to run, and the token of its members; `None` = what runs goes on.
-    pub run: Option<(Accepted, String)>,
+    /// What is to run, and the tokens of its members; `None` = what runs goes on.
+    pub run: Option<(Accepted, Tokens)>,
 }
 
 /// What all keepers share.
@@ -155,8 +156,9 @@ impl Keeping {
     /// Begins to lead, or lets the loop know what changed.
     fn follow(&mut self, order: &Order) {
         match (&mut self.running, &order.run) {
-            (Some(running), Some((accepted, _))) => {
-                if !same(running.accepted.cluster(), accepted.cluster()) {
+            (Some(running), Some((accepted, tokens))) => {
+                running.led.set_tokens(tokens.clone());
+                if !same(&running.accepted, accepted) {
                     running.platform.set_cluster(accepted.clone());
                     running.accepted = accepted.clone();
                 }
@@ -166,10 +168,10 @@ impl Keeping {
                     running.platform.refuse(&problem.message);
                 }
             }
-            (None, Some((accepted, token))) if Instant::now() >= self.retry_at => {
+            (None, Some((accepted, tokens))) if Instant::now() >= self.retry_at => {
                 let platform = KubernetesPlatform::new(self.shared.world.clone(), accepted.clone());
                 let setup = self.shared.setup.clone();
-                let led = self.shared.clusters.lead(accepted.key(), token.clone(), platform.clone(), setup);
+                let led = self.shared.clusters.lead(accepted.key(), tokens.clone(), platform.clone(), setup);
                 self.running = Some(Running { platform, led, accepted: accepted.clone(), since: Instant::now() });
             }
             (None, _) => {}
@@ -229,8 +231,9 @@ impl Keeping {
 }
 
 /// Whether members would not notice the difference.
-fn same(a: &ImCluster, b: &ImCluster) -> bool {
-    a.spec == b.spec && a.metadata.annotations == b.metadata.annotations
+fn same(a: &Accepted, b: &Accepted) -> bool {
+    let of = |accepted: &Accepted| (accepted.cluster().spec.clone(), accepted.cluster().metadata.annotations.clone());
+    of(a) == of(b) && a.secrets() == b.secrets()
 }
 
 async fn ended(running: &mut Option<Running>) -> Result<(), ControlError> {

@@ -24,13 +24,14 @@ pub mod members;
 pub mod observe;
 pub mod pods;
 pub mod reconcile;
+pub mod secrets;
 pub mod status;
 
-use crate::control::{Clusters, ControlError, Leadership, Setup, serve};
+use crate::control::{ClusterKey, Clusters, ControlError, Leadership, Setup, serve};
 use crate::leadership::{self, Identity};
 use crate::platform::kubernetes::{World, scoped};
 use accepted::{CLUSTER_LABEL, MANAGED_SELECTOR};
-use futures::stream::{BoxStream, StreamExt, TryStreamExt, select_all};
+use futures::stream::{self, BoxStream, StreamExt, TryStreamExt, select_all};
 use http::Metrics;
 use im_crds::{ImCluster, ShardMap};
 use k8s_openapi::NamespaceResourceScope;
@@ -59,6 +60,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::task::AbortOnDropHandle;
 
 /// Name of the Lease that the leading replica holds.
@@ -264,6 +266,7 @@ async fn reconcile_all(context: Arc<Context>, namespace: Option<String>) {
         children(&client, namespace.as_deref(), &ApiResource::erase::<StatefulSet>(&())),
         children(&client, namespace.as_deref(), &ApiResource::erase::<PodDisruptionBudget>(&())),
         children(&client, namespace.as_deref(), &ApiResource::erase::<NetworkPolicy>(&())),
+        secrets(context.clone()),
     ]);
     let config = controller::Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE);
     let look = |object, context| Box::pin(reconcile(object, context));
@@ -277,6 +280,22 @@ async fn reconcile_all(context: Arc<Context>, namespace: Option<String>) {
             }
         })
         .await;
+}
+
+/// Each ImCluster of which a Secret changes.
+fn secrets(context: Arc<Context>) -> BoxStream<'static, Result<Request, watcher::Error>> {
+    let mut looks = interval(secrets::LOOK_INTERVAL);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let changes = stream::unfold((context, looks), |(context, mut looks)| async move {
+        looks.tick().await;
+        let changed = context.secrets().changed(context.client()).await;
+        Some((stream::iter(changed), (context, looks)))
+    });
+    let request = |ClusterKey(key): ClusterKey| {
+        let (namespace, name) = key.split_once('/')?;
+        Some(Ok(Request::from(ObjectRef::new(name).within(namespace))))
+    };
+    changes.flatten().filter_map(move |key| std::future::ready(request(key))).boxed()
 }
 
 /// The ImCluster of each child of that kind that changes, or goes.

@@ -3,6 +3,7 @@
 use super::accepted::{Accepted, CLUSTER_LABEL, TIER_LABEL};
 use super::children::{Children, SecretNeed, secret_needs};
 use super::pods::MemberTemplate;
+use super::secrets::SecretValues;
 use crate::platform::Tier;
 use crate::platform::kubernetes::World;
 use crate::platform::kubernetes::facts::DeploymentFacts;
@@ -12,7 +13,7 @@ use kube::api::{ApiResource, DynamicObject, ListParams};
 use kube::{Api, Resource, ResourceExt};
 use serde::Serialize;
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// One object as it should be, of whatever kind.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,6 +101,8 @@ pub struct Observed {
     pub tokens: Option<Secret>,
     /// Every Secret that the user names.
     pub secrets: Vec<(SecretNeed, SecretState)>,
+    /// The version of each Secret, that of tokens too; `None` = there is none.
+    pub secret_versions: BTreeMap<String, Option<String>>,
     /// Deployments that run nothing any more.
     pub spent: Vec<DeploymentFacts>,
     /// There are Deployments of other templates.
@@ -108,40 +111,48 @@ pub struct Observed {
     pub unused_configs: Vec<String>,
 }
 
-/// Looks at everything that belongs to that ImCluster.
+/// Looks at everything that belongs to that ImCluster, and returns it with what its Secrets hold.
 ///
 /// # Errors
 /// What the API server says.
-pub async fn observe(world: &World, accepted: &Accepted) -> Result<Observed, kube::Error> {
+pub async fn observe(world: &World, accepted: Accepted) -> Result<(Accepted, Observed), kube::Error> {
     let client = world.client();
-    let namespace = accepted.namespace();
-    let list = Children::new(accepted, world.surroundings()).into_list().map_err(kube::Error::SerdeError)?;
+    let namespace = accepted.namespace().to_owned();
+    let list = Children::new(&accepted, world.surroundings()).into_list().map_err(kube::Error::SerdeError)?;
     let mut children = Vec::with_capacity(list.len());
     for child in list {
-        let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &child.resource);
+        let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &namespace, &child.resource);
         let live = api.get_opt(&child.name).await?;
         children.push(Observation { child, live });
     }
 
-    let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
+    let api: Api<Secret> = Api::namespaced(client.clone(), &namespace);
+    let version = |secret: &Secret| secret.metadata.resource_version.clone();
     let tokens = api.get_opt(&accepted.child("tokens")).await?;
-    let mut secrets = Vec::new();
-    for need in secret_needs(accepted) {
+    let mut secret_versions = BTreeMap::from([(accepted.child("tokens"), tokens.as_ref().and_then(version))]);
+    let (mut secrets, mut values) = (Vec::new(), SecretValues::default());
+    for need in secret_needs(&accepted) {
         let found = api.get_opt(&need.name).await?;
+        secret_versions.insert(need.name.clone(), found.as_ref().and_then(version));
+        if let Some(found) = &found {
+            values.learn(&need, found);
+        }
         let state = secret_state(&need, found.as_ref());
         secrets.push((need, state));
     }
+    let accepted = accepted.with_secrets(values);
 
-    let templates = Tier::ALL.map(|tier| MemberTemplate::new(accepted, world.surroundings(), tier).digest);
+    let templates = Tier::ALL.map(|tier| MemberTemplate::new(&accepted, world.surroundings(), tier).digest);
     let (spent, rolling) = world.outdated(&accepted.key(), &templates);
-    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let api: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
     let ours = format!("{CLUSTER_LABEL}={},{TIER_LABEL}", accepted.name());
     let configs = api.list_metadata(&ListParams::default().labels(&ours)).await?;
     let mut used: BTreeSet<String> = world.deployment_names(&accepted.key());
     used.extend(Tier::ALL.iter().zip(&templates).map(|(tier, template)| accepted.of_template(*tier, template)));
     used.extend(children.iter().map(|observation| observation.child.name.clone()));
     let unused = configs.iter().map(ResourceExt::name_any).filter(|name| !used.contains(name));
-    Ok(Observed { children, tokens, secrets, spent, rolling, unused_configs: unused.collect() })
+    let unused_configs = unused.collect();
+    Ok((accepted, Observed { children, tokens, secrets, secret_versions, spent, rolling, unused_configs }))
 }
 
 /// Whether a Secret has what is needed of it.

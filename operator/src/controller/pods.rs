@@ -59,7 +59,7 @@ impl MemberTemplate {
             Tier::Business => business_config(accepted, &surroundings.control_service),
         };
         let mut pod = member_pod(accepted, surroundings, tier);
-        let digest = digest(&pod, &config);
+        let digest = digest(&pod, &config, read_once(accepted, tier));
         let name = accepted.of_template(tier, &digest);
         let mut labels = accepted.labels_of(tier.role());
         labels.insert(TEMPLATE_LABEL.to_owned(), digest.clone());
@@ -104,10 +104,20 @@ impl MemberTemplate {
     }
 }
 
-/// Eight hexadecimal digits that stand for a configuration and the pod around it.
-fn digest(pod: &PodTemplateSpec, config: &Value) -> String {
-    let pod = serde_json::to_string(pod).unwrap_or_default();
-    format!("{:08x}", xxhash_rust::xxh3::xxh3_64(format!("{pod}{config}").as_bytes()) >> 32)
+/// What a member reads from a Secret when it starts and never again: all else that Secrets hold is followed while it runs.
+fn read_once(accepted: &Accepted, tier: Tier) -> Option<&[u8]> {
+    match (tier, &accepted.cluster().spec.storage) {
+        (Tier::Business, Storage::Postgres(postgres)) => accepted.secrets().get(postgres.url_secret.as_ref()?),
+        _ => None,
+    }
+}
+
+/// Eight hexadecimal digits that stand for a configuration, the pod around it and what is read from a Secret. They are public, and
+/// too few to tell what the Secret holds.
+fn digest(pod: &PodTemplateSpec, config: &Value, secret: Option<&[u8]>) -> String {
+    let mut all = format!("{}{config}", serde_json::to_string(pod).unwrap_or_default()).into_bytes();
+    all.extend_from_slice(secret.unwrap_or_default());
+    format!("{:08x}", xxhash_rust::xxh3::xxh3_64(&all) >> 32)
 }
 
 fn config_map(metadata: ObjectMeta, config: &Value) -> ConfigMap {
@@ -123,7 +133,7 @@ fn config_map(metadata: ObjectMeta, config: &Value) -> ConfigMap {
 pub fn store(accepted: &Accepted, surroundings: &Surroundings, embedded: &Embedded) -> (ConfigMap, StatefulSet) {
     let config = store_config();
     let mut pod = store_pod(accepted, surroundings, embedded);
-    let config_name = format!("{}-{}", accepted.child("store"), digest(&PodTemplateSpec::default(), &config));
+    let config_name = format!("{}-{}", accepted.child("store"), digest(&PodTemplateSpec::default(), &config, None));
     if let Some(spec) = &mut pod.spec {
         spec.volumes.get_or_insert_default().insert(0, config_volume(&config_name));
     }

@@ -2,11 +2,12 @@
 
 use super::accepted::Accepted;
 use super::act::{Memory, act};
-use super::children::token_of;
+use super::children::tokens_of;
 use super::decide::{Problem, decide};
 use super::keeper::{Keeper, Order, Shared};
 use super::members::LINK_TOKEN;
 use super::observe::observe;
+use super::secrets::SecretVersions;
 use super::status::Situation;
 use crate::control::ClusterKey;
 use im_crds::{ImCluster, ImClusterStatus};
@@ -67,6 +68,7 @@ pub struct Context {
     shared: Arc<Shared>,
     memory: Memory,
     keepers: Mutex<HashMap<ClusterKey, Keeper>>,
+    secrets: SecretVersions,
     /// How often in a row something was in the way.
     troubles: Mutex<HashMap<ClusterKey, u32>>,
 }
@@ -74,12 +76,23 @@ pub struct Context {
 impl Context {
     /// No ImCluster is known yet.
     pub fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, memory: Memory::default(), keepers: Mutex::default(), troubles: Mutex::default() }
+        Self {
+            shared,
+            memory: Memory::default(),
+            keepers: Mutex::default(),
+            secrets: SecretVersions::default(),
+            troubles: Mutex::default(),
+        }
     }
 
     /// The API.
     pub fn client(&self) -> &kube::Client {
         self.shared.world.client()
+    }
+
+    /// The Secrets that ImClusters name.
+    pub fn secrets(&self) -> &SecretVersions {
+        &self.secrets
     }
 
     /// That ImCluster is gone: nobody decides for it any more. Its children go by their owner references.
@@ -88,6 +101,7 @@ impl Context {
             tracing::info!("{key} is gone");
         }
         self.troubles.lock().remove(key);
+        self.secrets.forget(key);
         self.memory.forget(&key.0);
     }
 
@@ -166,21 +180,29 @@ pub async fn reconcile(
     };
 
     let world = &context.shared.world;
-    let observed = observe(world, &accepted).await.map_err(ReconcileError::Observe)?;
+    let (accepted, observed) = observe(world, accepted).await.map_err(ReconcileError::Observe)?;
     let rolling = observed.rolling;
-    let mut token = token_of(observed.tokens.as_ref(), LINK_TOKEN);
+    let mut secret_versions = observed.secret_versions.clone();
+    let mut tokens = observed.tokens.as_ref().and_then(|secret| tokens_of(secret, LINK_TOKEN));
+    if let Some(secret) = observed.tokens.as_ref().filter(|_| tokens.is_some()) {
+        context.memory.learn_tokens(&accepted, secret);
+    }
     let decision = decide(&accepted, observed, |child, live| context.memory.knows(&accepted, child, live));
     let blocked = decision.problem.is_some();
     let mut situation = Situation {
         generation,
-        problem: decision.problem.clone(),
+        problem: decision.problem.clone().or_else(|| decision.complaint.clone()),
         paused: cluster.spec.paused,
         held_back: decision.apply.len(),
     };
     // Paused is another way of applying, not another way of looking.
     if !situation.paused {
         let acted = act(world.client(), &accepted, decision, &context.memory, |kind| world.wrote(kind)).await;
-        token = token.or_else(|| token_of(acted.tokens.as_ref(), LINK_TOKEN));
+        if let Some(made) = &acted.tokens {
+            tokens = tokens_of(made, LINK_TOKEN);
+            context.memory.learn_tokens(&accepted, made);
+            secret_versions.insert(accepted.child("tokens"), made.metadata.resource_version.clone());
+        }
         for error in &acted.errors {
             context.shared.metrics.failed(category(&error.source));
             tracing::warn!("{key}: {error}");
@@ -191,8 +213,9 @@ pub async fn reconcile(
         }
         situation.held_back = 0;
     }
+    context.secrets.saw(&key, secret_versions);
     let trouble = situation.problem.is_some();
-    let run = if blocked { None } else { token.map(|token| (accepted, token)) };
+    let run = if blocked { None } else { tokens.map(|tokens| (accepted, tokens)) };
     context.order(&key, regarding, cluster.status.clone(), Order { situation, run });
     if trouble {
         context.shared.metrics.reconciled("waiting");

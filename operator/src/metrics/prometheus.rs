@@ -12,7 +12,7 @@
 //! with an old volume. Systems that only speak the query API don't have it; then the start is not known.
 
 use crate::autoscale::SAMPLE_AGE_MAX;
-use im_crds::{BuiltIn, ImCluster};
+use im_crds::{BuiltIn, ImCluster, SecretKey};
 use k8s_openapi::jiff::Timestamp;
 use prometheus_http_query::Client;
 use prometheus_http_query::response::{Data, InstantVector, PromqlResult};
@@ -56,25 +56,34 @@ impl Endpoint {
         Self { url: url.into(), token: None, ca_pem: None }
     }
 
-    /// What an ImCluster asks for; where it asks for none, what `setup` has.
+    /// What an ImCluster asks for; where it asks for none, what `setup` has. `secret` is what a Secret holds, as of the last
+    /// look; `None` = it is not there.
     ///
     /// # Errors
-    /// [`PrometheusError::Setup`] when a file can't be read, or may not be.
-    pub fn of(cluster: &ImCluster, setup: &super::Setup) -> Result<Option<Self>, PrometheusError> {
+    /// [`PrometheusError::Setup`] when a file can't be read, or may not be, and when a Secret is missing.
+    pub fn of(
+        cluster: &ImCluster,
+        setup: &super::Setup,
+        secret: impl Fn(&SecretKey) -> Option<Vec<u8>>,
+    ) -> Result<Option<Self>, PrometheusError> {
         let Some(asked) = &cluster.spec.metrics.prometheus else { return Ok(setup.prometheus.clone()) };
-        let read = |field: &str, file: &Option<String>| match file {
-            None => Ok(None),
-            Some(file) if setup.reads_files => {
+        let read = |field: &str, file: &Option<String>, key: &Option<SecretKey>| match (file, key) {
+            (None, None) => Ok(None),
+            (_, Some(key)) => secret(key).map(Some).ok_or_else(|| {
+                let SecretKey { name, key } = key;
+                PrometheusError::Setup(format!("{field}Secret: there is no Secret {name} with a key {key}: create it"))
+            }),
+            (Some(file), None) if setup.reads_files => {
                 let text = std::fs::read(Path::new(file));
-                text.map(Some).map_err(|error| PrometheusError::Setup(format!("{field} {file}: {error}")))
+                text.map(Some).map_err(|error| PrometheusError::Setup(format!("{field}File {file}: {error}")))
             }
-            Some(_) => Err(PrometheusError::Setup(format!(
-                "{field} names a file, which is for `imcluster up`: remove it, and start the operator with --prometheus-url"
+            (Some(_), None) => Err(PrometheusError::Setup(format!(
+                "{field}File names a file, which is for `imcluster up`: put it into a Secret and use {field}Secret"
             ))),
         };
-        let token = read("spec.metrics.prometheus.tokenFile", &asked.token_file)?
+        let token = read("spec.metrics.prometheus.token", &asked.token_file, &asked.token_secret)?
             .map(|token| String::from_utf8_lossy(&token).trim().to_owned());
-        let ca_pem = read("spec.metrics.prometheus.caFile", &asked.ca_file)?;
+        let ca_pem = read("spec.metrics.prometheus.ca", &asked.ca_file, &asked.ca_secret)?;
         Ok(Some(Self { url: asked.url.clone(), token, ca_pem }))
     }
 }

@@ -13,9 +13,6 @@ use im_crds::{BuiltIn, Metric, PrometheusMetric};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-/// What 100 % of CPU utilization is where nobody limits a member: one core.
-const CORES_PER_MEMBER: f64 = 1.0;
-
 /// The last known values. Time is that of [`Round::asked_at`].
 #[derive(Debug, Default)]
 pub struct Signals {
@@ -115,17 +112,18 @@ impl Signals {
         }
     }
 
-    /// What is known of one metric of a tier with these members.
-    pub fn reading(&self, tier: Tier, members: &[Member], metric: &Metric) -> Reading {
+    /// What is known of one metric of a tier with these members, of which each has `cores` set aside for it: that is 100 % of
+    /// CPU utilization.
+    pub fn reading(&self, tier: Tier, members: &[Member], metric: &Metric, cores: f64) -> Reading {
         match metric {
-            Metric::BuiltIn(metric) => self.gauge(tier, members, metric.name),
+            Metric::BuiltIn(metric) => self.gauge(tier, members, metric.name, cores),
             Metric::Prometheus(metric) => self.query(metric),
         }
     }
 
-    fn gauge(&self, tier: Tier, members: &[Member], metric: BuiltIn) -> Reading {
+    fn gauge(&self, tier: Tier, members: &[Member], metric: BuiltIn, cores: f64) -> Reading {
         let unit = match metric {
-            BuiltIn::CpuUtilization => 100.0 / CORES_PER_MEMBER,
+            BuiltIn::CpuUtilization => 100.0 / cores,
             BuiltIn::Connections | BuiltIn::MessagesPerSecond => 1.0,
         };
         let all = self.gauges.get(&metric);
@@ -235,7 +233,7 @@ mod tests {
     #[test]
     fn each_value_is_the_newest_and_says_where_it_is_from() {
         let mut signals = Signals::default();
-        let read = |signals: &Signals| signals.reading(Tier::Gateway, &members(), &connections());
+        let read = |signals: &Signals| signals.reading(Tier::Gateway, &members(), &connections(), 1.0);
         absorb(
             &mut signals,
             "9:00",
@@ -275,9 +273,25 @@ mod tests {
     }
 
     #[test]
+    fn utilization_is_a_part_of_what_is_set_aside() {
+        let mut signals = Signals::default();
+        let target = Target { kind: TargetType::Utilization, value: 70 };
+        let metric = BuiltInMetric { name: BuiltIn::CpuUtilization, target }.into();
+        let busy = |cores| direct::Sample { cpu_cores: Some(cores), ..Default::default() };
+        let direct = BTreeMap::from([("g-1".to_owned(), busy(0.25)), ("g-2".to_owned(), busy(0.5))]);
+        absorb(&mut signals, "9:00", Round { asked_at: HOUR, prometheus: None, direct });
+        for (cores, percent) in [(1.0, [25.0, 50.0]), (0.5, [50.0, 100.0]), (0.25, [100.0, 200.0]), (2.0, [12.5, 25.0])]
+        {
+            let reading = signals.reading(Tier::Gateway, &members(), &metric, cores);
+            let found: Vec<f64> = values(&reading).into_iter().map(|(_, value, _)| value).collect();
+            assert_eq!(found, percent, "of {cores} cores");
+        }
+    }
+
+    #[test]
     fn the_answer_to_a_query_ages_through_an_outage() {
         let mut signals = Signals::default();
-        let read = |signals: &Signals| signals.reading(Tier::Gateway, &members(), &own_query());
+        let read = |signals: &Signals| signals.reading(Tier::Gateway, &members(), &own_query(), 1.0);
         let words = |reading: &Reading| match &reading.values {
             Values::Failed(words) => words.clone(),
             other => panic!("{other:?}"),
@@ -314,7 +328,7 @@ mod tests {
         ] {
             absorb(&mut signals, "9:00", round(0, Some(with_age(age)), &[]));
             for metric in [connections(), own_query()] {
-                let reading = signals.reading(Tier::Gateway, &members(), &metric);
+                let reading = signals.reading(Tier::Gateway, &members(), &metric, 1.0);
                 assert_eq!(reading.source_started_at, started_at, "{age:?}");
             }
         }

@@ -4,7 +4,7 @@ pub mod kubernetes;
 pub mod process;
 
 use crate::shards::ShardMap;
-use im_crds::{ImCluster, Scaling, ShardMapSpec};
+use im_crds::{ImCluster, Scaling, SecretKey, ShardMapSpec};
 use im_proto::ids::MemberId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -251,6 +251,17 @@ pub trait Platform: Send + Sync + 'static {
     /// A digest of all that a member of that tier is configured with, its name aside. A member with another one is to be
     /// replaced.
     fn template(&self, cluster: &ImCluster, tier: Tier) -> String;
+
+    /// Cores that are set aside for each member of that tier: 100 % of its CPU utilization. One where nothing is set aside.
+    fn cores(&self, _cluster: &ImCluster, _tier: Tier) -> f64 {
+        1.0
+    }
+
+    /// What that key of a Secret holds that the ImCluster refers to, as of the last look; `None` = it is not there, or there
+    /// are no Secrets on this platform.
+    fn secret(&self, _key: &SecretKey) -> Option<Vec<u8>> {
+        None
+    }
 
     /// Starts `count` members with the present configuration; the platform names them. After `Ok` the watch already shows
     /// them, as processes or as [`View::ordered`].

@@ -62,6 +62,11 @@ impl ApiServer {
         self.store.lock().objects.get(path).cloned()
     }
 
+    /// Takes the object away, as somebody else would.
+    pub fn remove(&self, path: &str) {
+        self.store.lock().objects.remove(path);
+    }
+
     /// The paths of all objects, without their common beginning.
     pub fn names(&self) -> Vec<String> {
         self.store.lock().objects.keys().map(|path| short(path)).collect()

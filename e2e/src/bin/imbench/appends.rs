@@ -12,6 +12,7 @@ use im_proto::link::reply::Outcome as Answer;
 use im_proto::link::{Body, ClientFrame, Role, Send as SendMessage, body, client_frame, server_frame};
 use im_proto::links::{LinkEvent, LinkPool};
 use im_proto::router::{self, Router};
+use im_proto::token::SharedToken;
 use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
@@ -161,7 +162,7 @@ impl Driver {
             }
             async {}.boxed()
         });
-        let pool = LinkPool::new(MemberId::new("bench", rand::random())?, Role::Gateway, None, handler);
+        let pool = LinkPool::new(MemberId::new("bench", rand::random())?, Role::Gateway, SharedToken::none(), handler);
         let pool = driver.pool.get_or_init(|| pool);
         {
             let mut state = driver.state.lock();

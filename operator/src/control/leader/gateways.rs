@@ -1,7 +1,7 @@
 //! Where clients go: which gateways new connections are led to, and who sheds those that it has.
 
-use super::super::tiers::{drain_rate, level_rate};
-use super::{Acts, Done, Leader, Leaving, Order, Spread, within};
+use super::super::tiers::{Pace, Strain, drain_rate, level_rate};
+use super::{Acts, Done, Leader, Leaving, Link, Order, Spread, within};
 use crate::platform::{Platform, Process, ProcessState, Tier};
 use im_proto::control::{self as wire, command::Command};
 use im_proto::ids::MemberId;
@@ -75,9 +75,18 @@ impl<P: Platform> Leader<P> {
             .map(|(_, member, link, _)| (*member, link.beat.connections))
             .collect();
         let draining = live.len() - others.len();
+        let stay = live.iter().filter(|(.., leaving)| leaving.is_none()).map(|(_, _, link, _)| link.beat.strain);
+        let strain = Strain::of(stay);
+        let sheds = |link: &Link| matches!(link.told, Some(Order::Shed(_) | Order::Drain(_)));
+        // What hurts while nobody sheds is not for a drain to mend.
+        let pace = match live.iter().any(|(_, _, link, _)| sheds(link)) {
+            true => self.pace.next(now, strain),
+            false => Pace::full(now),
+        };
         let limits = &gateway.limits;
         let held: Vec<u64> = others.iter().map(|(_, held)| *held).collect();
         let rate = drain_rate(gateway.drain.rate, limits.connect_rate, limits.max_connections, draining, &held);
+        let rate = rate * pace.part();
         let mut orders = Vec::new();
         for (process, member, link, leaving) in live {
             let order = match leaving {
@@ -89,7 +98,8 @@ impl<P: Platform> Leader<P> {
                     let rest = rest.collect::<Vec<u64>>();
                     let rate = level_rate(held, sheds, most, intake, limits.max_connections, &rest);
                     // Drains can't wait, and their connections have to go somewhere too.
-                    rate.filter(|_| levels && draining == 0).map_or(Order::Serve, Order::Shed)
+                    let rate = rate.filter(|_| levels && draining == 0).map(|rate| rate * pace.part());
+                    rate.map_or(Order::Serve, Order::Shed)
                 }
                 // What is paused keeps what it has.
                 Some(leaving) if acts == Acts::Never && !leaving.by_itself => Order::Drain(0.0),
@@ -105,6 +115,16 @@ impl<P: Platform> Leader<P> {
                 orders.push((member.clone(), order));
             }
         }
+        if (pace.part() < 1.0) != (self.pace.part() < 1.0) {
+            let Strain { connect_ms, refused_per_second } = strain;
+            self.tell(match pace.part() < 1.0 {
+                true => format!(
+                    "gateways shed more slowly: clients wait {connect_ms:.0} ms for a connection, {refused_per_second:.1} a second are refused"
+                ),
+                false => "gateways shed at their full rate again".to_owned(),
+            });
+        }
+        self.pace = pace;
         for (member, order) in orders {
             self.send(
                 &member,

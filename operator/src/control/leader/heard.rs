@@ -1,6 +1,7 @@
 //! What the loop hears: members and the platform.
 
 use super::super::service::{Incoming, Outbox, StreamId};
+use super::super::tiers::Strain;
 use super::{Beat, Done, Leader, Link, is_of, within};
 use crate::platform::{Platform, Tier};
 use crate::shards::{Event, Ownership};
@@ -129,6 +130,10 @@ impl<P: Platform> Leader<P> {
                     leaving: beat.leaving,
                     store_refuses: beat.store_refuses,
                     watermark_lag_s: beat.watermark_lag_s,
+                    strain: Strain {
+                        connect_ms: beat.connect_ms,
+                        refused_per_second: beat.connects_refused_per_second,
+                    },
                 };
                 let tier = link.tier;
                 if beat.holes > 0 {

@@ -12,6 +12,7 @@ use super::proposal::{Change, Proposals};
 use super::scaling::{Scaler, Wanted};
 use super::service::{Incoming, Outbox, StreamId};
 use super::status::{EVENTS_MAX, Event as Happening, Status, rfc3339};
+use super::tiers::{Pace, Strain};
 use super::{ClusterKey, ControlError};
 use crate::metrics::round::Connector;
 use crate::metrics::{self, Round, ScalingMetrics, Signals};
@@ -103,6 +104,7 @@ struct Beat {
     leaving: bool,
     store_refuses: bool,
     watermark_lag_s: f64,
+    strain: Strain,
 }
 
 /// A member that goes.
@@ -204,6 +206,8 @@ pub struct Leader<P> {
     connector: Option<Connector>,
     counts: ScalingMetrics,
     spread: BTreeMap<String, Spread>,
+    /// How fast gateways may shed, by what those that stay go through.
+    pace: Pace,
     /// Holes ever told of, by who told.
     holes: BTreeMap<MemberId, u64>,
     proposals: Proposals,
@@ -278,6 +282,7 @@ impl<P: Platform> Leader<P> {
             connector: Some(Connector::default()),
             counts,
             spread: BTreeMap::new(),
+            pace: Pace::full(Duration::ZERO),
             holes: BTreeMap::new(),
             proposals: Proposals::default(),
             stale_approval: None,

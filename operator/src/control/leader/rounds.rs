@@ -54,7 +54,8 @@ impl<P: Platform> Leader<P> {
         let wanted = {
             let serves = |member: &TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
             let rolling = members.iter().any(|member| member.outdated && serves(member));
-            let observed = Observed { tier, members: &self.observed(tier), ordered, rolling, signals: &self.signals };
+            let (members, cores) = (&self.observed(tier), self.platform.cores(&self.cluster, tier));
+            let observed = Observed { tier, members, ordered, rolling, signals: &self.signals, cores };
             self.tiers[tier].scaler.decide(now, tier.scaling(&self.cluster), &observed)
         };
         self.counts.decided(&self.key().0, tier, wanted.replicas, &wanted.metrics);
@@ -364,7 +365,7 @@ impl<P: Platform> Leader<P> {
         });
         let request = Request::of(&self.cluster, targets.collect(), clock(self.now()));
         // Reads files: small ones, and anew, since tokens change.
-        let endpoint = Endpoint::of(&self.cluster, &self.measuring);
+        let endpoint = Endpoint::of(&self.cluster, &self.measuring, |key| self.platform.secret(key));
         self.tasks.spawn(async move {
             let round = measure(&mut connector, endpoint, &request).await;
             Done::Measured { round, connector }

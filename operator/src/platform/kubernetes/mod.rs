@@ -12,7 +12,7 @@ use crate::controller::accepted::{Accepted, CLUSTER_LABEL, MANAGED_SELECTOR, MAN
 use crate::controller::pods::{MemberTemplate, Surroundings};
 use facts::{DELETION_COST, DeploymentFacts, Facts, PodFacts, Removal, cluster_of};
 use futures::stream::{Stream, StreamExt};
-use im_crds::{ImCluster, ShardMap, ShardMapSpec};
+use im_crds::{ImCluster, SecretKey, ShardMap, ShardMapSpec};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
@@ -334,6 +334,7 @@ impl KubernetesPlatform {
             let lines: Vec<String> = violations.iter().map(ToString::to_string).collect();
             PlatformError::Config(lines.join("; "))
         })?;
+        let accepted = accepted.with_secrets(self.accepted.read().secrets().clone());
         Ok(MemberTemplate::new(&accepted, &self.world.surroundings, tier))
     }
 
@@ -518,6 +519,19 @@ impl Platform for KubernetesPlatform {
     fn template(&self, cluster: &ImCluster, tier: Tier) -> String {
         // A configuration that can't be made has a digest of its own: nothing runs with it.
         self.member_template(cluster, tier).map(|template| template.digest).unwrap_or_default()
+    }
+
+    fn cores(&self, cluster: &ImCluster, tier: Tier) -> f64 {
+        let pod = match tier {
+            Tier::Gateway => &cluster.spec.gateway.pod,
+            Tier::Business => &cluster.spec.business.pod,
+        };
+        // An ImCluster that needs it and has none was refused.
+        pod.cpu_request().filter(|cores| *cores > 0.0).unwrap_or(1.0)
+    }
+
+    fn secret(&self, key: &SecretKey) -> Option<Vec<u8>> {
+        self.accepted.read().secrets().get(key).map(<[u8]>::to_vec)
     }
 
     async fn start(&self, cluster: &ImCluster, tier: Tier, count: u32) -> Result<(), PlatformError> {
