@@ -91,6 +91,10 @@ struct Machine {
     serving: Mutex<BTreeSet<String>>,
     /// Shards and connections that members still had when they were stopped.
     held_at_stop: Mutex<BTreeMap<String, u64>>,
+    /// Nobody is started any more.
+    full: AtomicBool,
+    /// When somebody was to be started all the same.
+    refused_starts: Mutex<Vec<Instant>>,
 }
 
 impl Machine {
@@ -106,6 +110,8 @@ impl Machine {
             stored: Mutex::default(),
             serving: Mutex::default(),
             held_at_stop: Mutex::default(),
+            full: AtomicBool::new(false),
+            refused_starts: Mutex::default(),
         };
         (Arc::new(machine), listener)
     }
@@ -161,6 +167,10 @@ impl Platform for Eyes {
     }
 
     async fn start(&self, cluster: &ImCluster, tier: Tier, count: u32) -> Result<(), PlatformError> {
+        if self.machine.full.load(Ordering::Relaxed) {
+            self.machine.refused_starts.lock().push(Instant::now());
+            return Err(PlatformError::Refused("there is no room".to_owned()));
+        }
         let names = (0..).map(|index| format!("{tier}-{index}"));
         let free = names.filter(|name| self.machine.view.borrow().process(name).is_none()).take(count as usize);
         for name in free.collect::<Vec<_>>() {
@@ -722,6 +732,22 @@ async fn what_is_recommended_runs_when_it_is_approved_and_only_that() {
     let moved = machine.rows.acquisitions.load(Ordering::Relaxed) - acquisitions;
     assert_eq!(moved, second.moves as u64, "those of the plan that was shown");
     assert_eq!(status.shards.stale_approval, None);
+    control.end().await;
+}
+
+#[tokio::test]
+async fn what_the_platform_refuses_is_tried_again_once_a_round() {
+    let (machine, mut control, _) = two_members().await;
+    machine.full.store(true, Ordering::Relaxed);
+    machine.edit(cluster(2, 2));
+    let refused = || machine.refused_starts.lock().clone();
+    control.eventually("it is tried some times", |_| refused().len() >= 4).await;
+    // The first one follows the edit, whenever that was between two rounds.
+    let attempts = refused().split_off(1);
+    let pauses: Vec<Duration> = attempts.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!(pauses.iter().all(|pause| *pause > Duration::from_millis(500)), "{pauses:?}");
+    machine.full.store(false, Ordering::Relaxed);
+    control.eventually("there is room again", |status| status.tiers.gateway.ready == 2).await;
     control.end().await;
 }
 

@@ -16,6 +16,8 @@ use im_operator::platform::{Platform, PlatformError, StoredMap, Tier};
 use k8s_openapi::ByteString;
 use kube::Client;
 use kube::core::DeserializeGuard;
+use kube::runtime::reflector::{self, store::Writer};
+use kube::runtime::watcher::Event;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -35,8 +37,8 @@ fn object(name: &str, generation: i64, spec: &Value) -> Value {
     })
 }
 
-fn guard(object: &Value) -> Arc<DeserializeGuard<ImCluster>> {
-    Arc::new(serde_json::from_value(object.clone()).expect("metadata at least"))
+fn guard(object: &Value) -> DeserializeGuard<ImCluster> {
+    serde_json::from_value(object.clone()).expect("metadata at least")
 }
 
 fn minimal() -> Value {
@@ -49,24 +51,41 @@ fn world(client: Client) -> Arc<World> {
     World::new(client, surroundings)
 }
 
-/// A leading operator. The sender keeps it leading.
-async fn operator() -> (ApiServer, Arc<Context>, watch::Sender<Leadership>) {
-    let (api, shared, leads) = leader().await;
-    (api, Arc::new(Context::new(shared)), leads)
+/// A leading operator.
+struct Operator {
+    context: Arc<Context>,
+    shared: Arc<Shared>,
+    clusters: Writer<DeserializeGuard<ImCluster>>,
+    /// Keeps it leading.
+    _leads: watch::Sender<Leadership>,
 }
 
-async fn leader() -> (ApiServer, Arc<Shared>, watch::Sender<Leadership>) {
-    let (api, client) = ApiServer::start().await;
-    let (leads, leadership) = watch::channel(Leadership::Leading);
-    let shared = Shared {
-        world: world(client),
-        clusters: Clusters::new(leadership),
-        metrics: Metrics::default(),
-        setup: Setup::default(),
-        reporter: "operator-0".to_owned(),
-    };
-    shared.metrics.statuses.set_leading(true);
-    (api, Arc::new(shared), leads)
+impl Operator {
+    async fn start() -> (ApiServer, Self) {
+        let (api, client) = ApiServer::start().await;
+        let (leads, leadership) = watch::channel(Leadership::Leading);
+        let shared = Shared {
+            world: world(client),
+            clusters: Clusters::new(leadership),
+            metrics: Metrics::default(),
+            setup: Setup::default(),
+            reporter: "operator-0".to_owned(),
+        };
+        shared.metrics.statuses.set_leading(true);
+        let (shared, (store, clusters)) = (Arc::new(shared), reflector::store());
+        let context = Arc::new(Context::new(shared.clone(), store));
+        (api, Self { context, shared, clusters, _leads: leads })
+    }
+
+    /// Sees that ImCluster, and looks at it.
+    async fn reconcile(&mut self, object: &Value) {
+        self.clusters.apply_watcher_event(&Event::Apply(guard(object)));
+        self.look_at(object).await;
+    }
+
+    async fn look_at(&self, object: &Value) {
+        reconcile(Arc::new(guard(object)), self.context.clone()).await.expect("what is there can be read");
+    }
 }
 
 /// What Prometheus would scrape, line by line.
@@ -100,10 +119,10 @@ fn conditions(api: &ApiServer, path: &str) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_reconcile_makes_everything_and_the_next_one_nothing() {
-    let (api, context, _leads) = operator().await;
+    let (api, mut operator) = Operator::start().await;
     let cluster = object("chat", 1, &minimal());
     api.put(CLUSTER_PATH, cluster.clone());
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     // Members and the map come from the loop that decides.
     let has_deployments = || {
         let names = api.names();
@@ -143,7 +162,7 @@ async fn the_first_reconcile_makes_everything_and_the_next_one_nothing() {
             .any(|kind| write.contains(kind))
     };
     api.take_writes();
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     assert_eq!(api.take_writes().into_iter().filter(of_reconcile).collect::<Vec<_>>(), [""; 0]);
 
     // Somebody changes a child: just that one is put right.
@@ -151,52 +170,52 @@ async fn the_first_reconcile_makes_everything_and_the_next_one_nothing() {
     let mut service = api.get(path).expect("the Service");
     service["spec"]["selector"] = json!({ "nobody": "x" });
     api.put(path, service);
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     assert_eq!(api.take_writes().into_iter().filter(of_reconcile).collect::<Vec<_>>(), ["PATCH services/chat"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn how_each_imcluster_is_can_be_scraped_while_it_is_there() {
-    let (api, shared, _leads) = leader().await;
-    let (registry, context) = (shared.registry(), Arc::new(Context::new(shared)));
+    let (api, mut operator) = Operator::start().await;
+    let registry = operator.shared.registry();
     let cluster = object("chat", 1, &minimal());
     api.put(CLUSTER_PATH, cluster.clone());
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     let of_chat = || exported(&registry).into_iter().filter(|line| line.contains(r#"imcluster="chat""#)).count();
     assert!(exported(&registry).contains(&"imcluster_leader 1.0".to_owned()));
     let shards = r#"imcluster_shards{namespace="talk",imcluster="chat"} 4.0"#.to_owned();
     eventually("its status", || exported(&registry).contains(&shards).then_some(())).await;
-    context.forget(&key_of(&guard(&cluster)));
+    operator.context.forget(&key_of(&guard(&cluster)));
     eventually("nothing of it", || (of_chat() == 0).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_write_is_told_and_does_not_keep_the_others_back() {
-    let (api, context, _leads) = operator().await;
+    let (api, mut operator) = Operator::start().await;
     let cluster = object("chat", 1, &minimal());
     api.put(CLUSTER_PATH, cluster.clone());
     api.fail_next("/apis/networking.k8s.io/v1/namespaces/talk/networkpolicies/chat-gateway", 403);
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     assert!(api.names().contains(&"statefulsets/chat-store".to_owned()), "what comes later is written");
     let told = || conditions(&api, CLUSTER_PATH).contains(&"Degraded=True ApplyFailed".to_owned()).then_some(());
     eventually("it is told", told).await;
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     let good = || (!conditions(&api, CLUSTER_PATH).contains(&"Degraded=True ApplyFailed".to_owned())).then_some(());
     eventually("it is put right", good).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_that_can_not_be_read_is_told_of_itself_and_stops_nobody() {
-    let (api, context, _leads) = operator().await;
+    let (api, mut operator) = Operator::start().await;
     let mut spec = minimal();
     spec["gateway"] = json!({ "limits": { "maxConnections": "many" } });
     let poison = object("poison", 3, &spec);
     let path = "/apis/imcluster.dev/v1alpha1/namespaces/talk/imclusters/poison";
     api.put(path, poison.clone());
-    reconcile(guard(&poison), context.clone()).await.expect("is no error");
+    operator.reconcile(&poison).await;
     let cluster = object("chat", 1, &minimal());
     api.put(CLUSTER_PATH, cluster.clone());
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
 
     let told = || conditions(&api, path).contains(&"Ready=False Unreadable".to_owned()).then_some(());
     eventually("it is told", told).await;
@@ -211,12 +230,12 @@ async fn an_object_that_can_not_be_read_is_told_of_itself_and_stops_nobody() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_spec_that_can_not_run_here_and_a_missing_secret_are_told() {
-    let (api, context, _leads) = operator().await;
+    let (api, mut operator) = Operator::start().await;
     let mut spec = minimal();
     spec["serviceTokenFile"] = json!("/etc/token");
     let cluster = object("chat", 1, &spec);
     api.put(CLUSTER_PATH, cluster.clone());
-    reconcile(guard(&cluster), context.clone()).await.expect("is no error");
+    operator.reconcile(&cluster).await;
     let told = |words: &'static str| {
         let api = api.clone();
         move || conditions(&api, CLUSTER_PATH).contains(&words.to_owned()).then_some(())
@@ -226,13 +245,13 @@ async fn a_spec_that_can_not_run_here_and_a_missing_secret_are_told() {
     let mut spec = minimal();
     spec["serviceTokenSecret"] = json!({ "name": "servers", "key": "token" });
     let cluster = object("chat", 2, &spec);
-    reconcile(guard(&cluster), context.clone()).await.expect("is no error");
+    operator.reconcile(&cluster).await;
     eventually("the Secret is missed", told("Ready=False SecretMissing")).await;
     assert!(!api.names().iter().any(|name| name.starts_with("deployments/")), "no pod waits for it");
 
     let secret = json!({ "metadata": { "name": "servers" }, "data": { "token": "eA==" } });
     api.put("/api/v1/namespaces/talk/secrets/servers", secret);
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     let started = || api.names().iter().any(|name| name.starts_with("deployments/")).then_some(());
     eventually("members are started", started).await;
 }
@@ -245,14 +264,15 @@ fn secret(name: &str, key: &str, value: &str) -> (String, Value) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn prometheus_credentials_are_missed_without_keeping_anything_from_running() {
-    let (api, context, _leads) = operator().await;
+    let (api, mut operator) = Operator::start().await;
+    let context = operator.context.clone();
     let mut spec = minimal();
     let key = |key: &str| json!({ "name": "monitoring", "key": key });
     let prometheus = json!({ "url": "https://p:9090", "tokenSecret": key("token"), "caSecret": key("ca.crt") });
     spec["metrics"] = json!({ "prometheus": prometheus });
     let cluster = object("chat", 1, &spec);
     api.put(CLUSTER_PATH, cluster.clone());
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     let told = || conditions(&api, CLUSTER_PATH).contains(&"Degraded=True SecretMissing".to_owned()).then_some(());
     eventually("the Secret is missed", told).await;
     let started = || api.names().iter().any(|name| name.starts_with("deployments/chat-gateway")).then_some(());
@@ -262,14 +282,15 @@ async fn prometheus_credentials_are_missed_without_keeping_anything_from_running
     monitoring["data"]["ca.crt"] = json!(ByteString("PEM".into()));
     api.put(&path, monitoring);
     assert_eq!(context.secrets().changed(context.client()).await.len(), 1, "it is there now");
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     eventually("it is put right", || told().is_none().then_some(())).await;
     assert_eq!(context.secrets().changed(context.client()).await, []);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changed_secret_is_noticed_once() {
-    let (api, context, _leads) = operator().await;
+    let (api, mut operator) = Operator::start().await;
+    let context = operator.context.clone();
     let mut spec = minimal();
     spec["serviceTokenSecret"] = json!({ "name": "servers", "key": "token" });
     spec["storage"] = json!({ "postgres": { "urlSecret": { "name": "database", "key": "url" } } });
@@ -278,14 +299,14 @@ async fn a_changed_secret_is_noticed_once() {
     }
     let cluster = object("chat", 1, &spec);
     api.put(CLUSTER_PATH, cluster.clone());
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     assert_eq!(context.secrets().changed(context.client()).await, []);
 
     for (path, object) in [secret("servers", "token", "y"), secret("database", "url", "postgres://b@h/d")] {
         api.put(&path, object);
         let changed = context.secrets().changed(context.client()).await;
         assert_eq!(changed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["talk/chat"], "{path}");
-        reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+        operator.reconcile(&cluster).await;
         assert_eq!(context.secrets().changed(context.client()).await, [], "{path}");
     }
     context.forget(&ClusterKey("talk/chat".to_owned()));
@@ -295,33 +316,34 @@ async fn a_changed_secret_is_noticed_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn deleted_tokens_come_back_as_they_were_and_damaged_ones_are_told() {
-    let (api, context, _leads) = operator().await;
+    let (api, mut operator) = Operator::start().await;
+    let context = operator.context.clone();
     let cluster = object("chat", 1, &minimal());
     api.put(CLUSTER_PATH, cluster.clone());
     let path = "/api/v1/namespaces/talk/secrets/chat-tokens";
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     let made = api.get(path).expect("the tokens")["data"].clone();
     api.remove(path);
     assert_eq!(context.secrets().changed(context.client()).await.len(), 1);
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     assert_eq!(api.get(path).expect("the tokens")["data"], made);
 
     let mut damaged = api.get(path).expect("the tokens");
     damaged["data"]["store-token"] = json!("");
     api.put(path, damaged);
-    reconcile(guard(&cluster), context.clone()).await.expect("is no error");
+    operator.reconcile(&cluster).await;
     let told = || conditions(&api, CLUSTER_PATH).contains(&"Degraded=True TokensDamaged".to_owned()).then_some(());
     eventually("it is told", told).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_is_deleted_or_paused_is_not_written() {
-    let (api, context, _leads) = operator().await;
+    let (api, mut operator) = Operator::start().await;
     let mut spec = minimal();
     spec["paused"] = json!(true);
     let cluster = object("chat", 1, &spec);
     api.put(CLUSTER_PATH, cluster.clone());
-    reconcile(guard(&cluster), context.clone()).await.expect("reconciles");
+    operator.reconcile(&cluster).await;
     let told = || conditions(&api, CLUSTER_PATH).contains(&"Progressing=False Paused".to_owned()).then_some(());
     eventually("it is told", told).await;
     assert_eq!(api.names().iter().filter(|name| !name.starts_with("events/")).count(), 1, "only itself");
@@ -329,8 +351,58 @@ async fn whoever_is_deleted_or_paused_is_not_written() {
     let mut cluster = object("chat", 2, &minimal());
     cluster["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     api.take_writes();
-    reconcile(guard(&cluster), context.clone()).await.expect("is no error");
+    operator.reconcile(&cluster).await;
     assert_eq!(api.take_writes(), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_slept_does_not_write_over_the_status_of_a_later_one() {
+    let (api, mut operator) = Operator::start().await;
+    api.put(CLUSTER_PATH, object("chat", 1, &minimal()));
+    operator.reconcile(&api.get(CLUSTER_PATH).expect("the cluster")).await;
+    let term = || api.get(CLUSTER_PATH)?["status"]["shards"]["term"].as_u64().filter(|term| *term > 0);
+    let first = eventually("a leader's status", term).await;
+    let mut cluster = api.get(CLUSTER_PATH).expect("the cluster");
+    cluster["status"]["shards"]["term"] = json!(first + 1);
+    cluster["status"]["conditions"] = json!([]);
+    api.put(CLUSTER_PATH, cluster);
+
+    // News for the one that slept: its spec can't be run any more.
+    let mut spec = minimal();
+    spec["serviceTokenFile"] = json!("/etc/token");
+    api.take_writes();
+    operator.reconcile(&object("chat", 2, &spec)).await;
+    let tried = || api.take_writes().contains(&"PATCH imclusters/chat/status".to_owned()).then_some(());
+    eventually("it tries to write", tried).await;
+    eventually("it tries again at its next look", tried).await;
+    assert_eq!((term(), conditions(&api, CLUSTER_PATH)), (Some(first + 1), vec![]), "what the later one wrote stands");
+
+    // Whoever is no later leader only changed what the write was about.
+    let mut cluster = api.get(CLUSTER_PATH).expect("the cluster");
+    cluster["status"]["shards"]["term"] = json!(first);
+    api.put(CLUSTER_PATH, cluster);
+    let told = || conditions(&api, CLUSTER_PATH).contains(&"Degraded=True InvalidSpec".to_owned()).then_some(());
+    eventually("its status is written", told).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_decides_for_an_imcluster_that_went_while_it_was_looked_at() {
+    let (api, mut operator) = Operator::start().await;
+    let cluster = object("chat", 1, &minimal());
+    api.put(CLUSTER_PATH, cluster.clone());
+    operator.look_at(&cluster).await;
+    assert_eq!(operator.shared.metrics.clusters.get(), 0, "it is not among those that there are");
+    // Another one has its name by now.
+    let mut other = cluster.clone();
+    other["metadata"]["uid"] = json!("another uid");
+    operator.clusters.apply_watcher_event(&Event::Apply(guard(&other)));
+    operator.look_at(&cluster).await;
+    assert_eq!(operator.shared.metrics.clusters.get(), 0, "it is another one");
+    operator.reconcile(&cluster).await;
+    assert_eq!(operator.shared.metrics.clusters.get(), 1);
+    operator.clusters.apply_watcher_event(&Event::Delete(guard(&cluster)));
+    operator.context.forget(&key_of(&guard(&cluster)));
+    assert_eq!(operator.shared.metrics.clusters.get(), 0);
 }
 
 fn stored(term: u64, number: u64) -> StoredMap {

@@ -2,8 +2,9 @@
 //!
 //! A member leaves in two steps. First what it holds goes elsewhere (a gateway's connections are shed, a business member's
 //! shards are moved), then its process is stopped. Until then the way back is open: a tier that grows again takes back who
-//! is leaving before it starts anybody new. Members with an outdated configuration are replaced the same way, a few at a
-//! time: so many more are started, and once all are ready as many outdated ones leave.
+//! is leaving before it starts anybody new, and who is leaving stays in the place of one that fails. Members with an
+//! outdated configuration are replaced the same way, a few at a time: so many more are started, and once all are ready as
+//! many outdated ones leave.
 
 use crate::platform::Tier;
 use std::time::Duration;
@@ -13,6 +14,8 @@ use std::time::Duration;
 pub enum Stage {
     /// Its process is there, but it does not serve (not yet, or not now).
     Starting,
+    /// It ended by itself, or has not served for so long that nobody knows whether it ever will.
+    Failing,
     /// It serves.
     Ready,
     /// What it holds goes elsewhere.
@@ -39,6 +42,13 @@ pub struct TierMember {
     pub outdated: bool,
 }
 
+impl TierMember {
+    /// Whether it is one of those that serve, or are to.
+    pub fn is_to_serve(&self) -> bool {
+        matches!(self.stage, Stage::Starting | Stage::Failing | Stage::Ready)
+    }
+}
+
 /// What a round does with a member.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Step {
@@ -56,25 +66,34 @@ pub enum Step {
 /// members with an outdated configuration are replaced, there may be up to `surge_max` more.
 pub fn next_steps(tier: Tier, desired: u32, surge_max: u32, members: &[TierMember], ordered: u32) -> Vec<Step> {
     let mut steps = Vec::new();
-    let mut leaving: Vec<&TierMember> = Vec::new();
-    for member in members {
-        if let Stage::Leaving { empty, overdue } = member.stage {
-            match (empty, overdue, tier) {
-                // The rest of an overdue gateway's connections is closed by its own end.
-                (true, _, _) | (_, true, Tier::Gateway) => steps.push(Step::Stop(member.name.clone())),
-                // Shards that could not be moved would be without owner for a moment: it rather stays.
-                (false, true, Tier::Business) => steps.push(Step::Return(member.name.clone())),
-                (false, false, _) => leaving.push(member),
-            }
-        }
-    }
-    let serves = |member: &&TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
     // The youngest first.
-    let serving: Vec<&TierMember> = members.iter().rev().filter(serves).collect();
+    let serving: Vec<&TierMember> = members.iter().rev().filter(|member| member.is_to_serve()).collect();
     let all_ready = ordered == 0 && serving.iter().all(|member| member.stage == Stage::Ready);
     let surge = (serving.iter().filter(|member| member.outdated).count() as u32).min(surge_max);
     let count = serving.len() as u32 + ordered;
     let allowed = if all_ready { desired } else { desired + surge };
+
+    let mut failing: Vec<&TierMember> = Vec::new();
+    if count <= allowed {
+        failing.extend(serving.iter().filter(|member| member.stage == Stage::Failing && member.cost == 0));
+    }
+    let mut leaving: Vec<&TierMember> = Vec::new();
+    for member in members {
+        let Stage::Leaving { empty, overdue } = member.stage else { continue };
+        // Of one that could serve and one that fails, the latter goes; a Deployment that shrinks takes it first anyway.
+        if let Some(position) = failing.iter().position(|failing| failing.outdated == member.outdated) {
+            steps.push(Step::Stop(failing.remove(position).name.clone()));
+            steps.push(Step::Return(member.name.clone()));
+            continue;
+        }
+        match (empty, overdue, tier) {
+            // The rest of an overdue gateway's connections is closed by its own end.
+            (true, _, _) | (_, true, Tier::Gateway) => steps.push(Step::Stop(member.name.clone())),
+            // Shards that could not be moved would be without owner for a moment: it rather stays.
+            (false, true, Tier::Business) => steps.push(Step::Return(member.name.clone())),
+            (false, false, _) => leaving.push(member),
+        }
+    }
 
     if count < desired + surge {
         let mut missing = desired + surge - count;
@@ -297,6 +316,32 @@ mod tests {
     }
 
     /// Plays rounds in which every step succeeds, until nothing is left to do.
+    #[test]
+    fn who_leaves_stays_in_the_place_of_one_that_fails() {
+        let leaving = |index, empty| member(index, Stage::Leaving { empty, overdue: false }, 1);
+        let failing = member(1, Stage::Failing, 0);
+        for (second, third, expected) in [
+            (failing.clone(), leaving(2, true), vec![Step::Stop(name(1)), Step::Return(name(2))]),
+            (failing.clone(), leaving(2, false), vec![Step::Stop(name(1)), Step::Return(name(2))]),
+            (member(1, Stage::Starting, 0), leaving(2, true), vec![Step::Stop(name(2))]),
+            // What it holds may still be there.
+            (member(1, Stage::Failing, 7), leaving(2, true), vec![Step::Stop(name(2))]),
+            // The old and the new configuration are not each other's places.
+            (
+                TierMember { outdated: true, ..failing.clone() },
+                leaving(2, true),
+                vec![Step::Stop(name(2)), Step::Start(1)],
+            ),
+            // Nobody takes the place of one that is stopped.
+            (failing.clone(), member(2, Stage::Stopping, 0), vec![]),
+        ] {
+            let members = [member(0, Stage::Ready, 1), second.clone(), third.clone()];
+            assert_eq!(next_steps(Tier::Gateway, 2, 1, &members, 0), expected, "{second:?}, {third:?}");
+        }
+        let members = [member(0, Stage::Ready, 1), failing, leaving(2, false)];
+        assert_eq!(next_steps(Tier::Gateway, 1, 1, &members, 0), [Step::Stop(name(1))], "there is one too many anyway");
+    }
+
     fn settle(tier: Tier, desired: u32, mut members: Vec<TierMember>) -> (Vec<TierMember>, Vec<u32>) {
         let mut ready_counts = Vec::new();
         let mut started = 1_000;
@@ -321,7 +366,7 @@ mod tests {
             members.retain(|m| m.stage != Stage::Stopping);
             for m in &mut members {
                 m.stage = match m.stage {
-                    Stage::Starting => Stage::Ready,
+                    Stage::Starting | Stage::Failing => Stage::Ready,
                     Stage::Leaving { .. } => Stage::Leaving { empty: true, overdue: false },
                     other => other,
                 };
@@ -430,6 +475,7 @@ mod tests {
     fn any_stage() -> impl Strategy<Value = Stage> {
         prop_oneof![
             Just(Stage::Starting),
+            Just(Stage::Failing),
             Just(Stage::Ready),
             (any::<bool>(), any::<bool>()).prop_map(|(empty, overdue)| Stage::Leaving { empty, overdue }),
             Just(Stage::Stopping),

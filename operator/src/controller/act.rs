@@ -143,6 +143,13 @@ pub async fn act(
     acted
 }
 
+/// Whether a write was refused because the namespace is being deleted: everything in it goes, in whatever order.
+pub fn namespace_ends(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else { return false };
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
+}
+
 /// It is gone, or no longer what it was.
 fn is_past(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if matches!(status.code, 404 | 409))

@@ -2,6 +2,7 @@
 //! status.
 
 use super::accepted::{Accepted, MANAGER};
+use super::act::namespace_ends;
 use super::decide::Problem;
 use super::events::{happenings, publish};
 use super::http::Metrics;
@@ -12,7 +13,7 @@ use im_crds::{ImCluster, ImClusterStatus};
 use im_proto::token::Tokens;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Api;
-use kube::api::{Patch, PatchParams};
+use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
 use prometheus_client::registry::Registry;
 use serde_json::json;
 use std::sync::Arc;
@@ -27,6 +28,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// The longest pause.
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
+/// How often a status is written on what was seen anew, before it waits for the next look.
+const WRITE_ATTEMPTS: usize = 3;
 /// After a loop that ran so long the pauses begin anew.
 const RAN_WELL: Duration = Duration::from_secs(60);
 
@@ -37,6 +40,15 @@ pub struct Order {
     pub situation: Situation,
     /// What is to run, and the tokens of its members; `None` = what runs goes on.
     pub run: Option<(Accepted, Tokens)>,
+}
+
+/// An ImCluster as it was seen, or written, last.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// A status is written over this version only: a leader that slept meanwhile knows only older ones.
+    pub version: Option<String>,
+    /// Its status; empty if it has none that can be read.
+    pub status: ImClusterStatus,
 }
 
 /// What all keepers share.
@@ -72,23 +84,11 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Keeps the ImCluster that `regarding` names; `previous` is the status that it has.
-    pub fn start(
-        shared: Arc<Shared>,
-        regarding: ObjectReference,
-        previous: Option<ImClusterStatus>,
-        order: Order,
-    ) -> Self {
+    /// Keeps the ImCluster that `regarding` names.
+    pub fn start(shared: Arc<Shared>, regarding: ObjectReference, seen: Seen, order: Order) -> Self {
         let uid = regarding.uid.clone().unwrap_or_default();
         let (orders, received) = watch::channel(order);
-        let keeping = Keeping {
-            shared,
-            regarding,
-            previous: previous.unwrap_or_default(),
-            running: None,
-            failures: 0,
-            retry_at: Instant::now(),
-        };
+        let keeping = Keeping { shared, regarding, seen, running: None, failures: 0, retry_at: Instant::now() };
         Self { uid, orders, _task: AbortOnDropHandle::new(tokio::spawn(keeping.run(received))) }
     }
 
@@ -113,7 +113,7 @@ struct Running {
 struct Keeping {
     shared: Arc<Shared>,
     regarding: ObjectReference,
-    previous: ImClusterStatus,
+    seen: Seen,
     running: Option<Running>,
     failures: u32,
     retry_at: Instant,
@@ -194,39 +194,89 @@ impl Keeping {
     /// Writes the status if it means something else than before, and tells what changed.
     async fn show(&mut self, situation: &Situation) {
         let shown = self.running.as_ref().map(|running| running.led.status.borrow().clone());
-        let next = status(&self.previous, situation, shown.as_ref(), SystemTime::now());
-        let (Some(namespace), Some(name)) = (&self.regarding.namespace, &self.regarding.name) else { return };
-        self.shared.metrics.statuses.set(namespace, name, &next);
-        if !is_news(&self.previous, &next) {
-            return;
+        for _ in 0..WRITE_ATTEMPTS {
+            let next = status(&self.seen.status, situation, shown.as_ref(), SystemTime::now());
+            self.export(&next);
+            if !is_news(&self.seen.status, &next) {
+                return;
+            }
+            match self.write(&next).await {
+                Ok(version) => {
+                    let previous = std::mem::replace(&mut self.seen, Seen { version, status: next });
+                    return self.tell(&previous.status).await;
+                }
+                // It changed since it was looked at: most often its spec, or whoever led before woke up.
+                Err(kube::Error::Api(answer)) if answer.code == 409 => match self.look().await {
+                    Ok(Some(found))
+                        if found.status.shards.term > self.seen.status.shards.term.max(next.shards.term) =>
+                    {
+                        return tracing::info!(name = ?self.regarding.name, "a later leader wrote its status");
+                    }
+                    Ok(Some(found)) => self.seen = found,
+                    // Whoever watches it ends this task.
+                    Ok(None) => return,
+                    Err(error) => return self.complain(&error),
+                },
+                Err(kube::Error::Api(answer)) if answer.code == 404 => return,
+                Err(error) => return self.complain(&error),
+            }
         }
-        let client = self.shared.world.client();
-        let api: Api<ImCluster> = Api::namespaced(client.clone(), namespace);
+    }
+
+    fn export(&self, status: &ImClusterStatus) {
+        if let (Some(namespace), Some(name)) = (&self.regarding.namespace, &self.regarding.name) {
+            self.shared.metrics.statuses.set(namespace, name, status);
+        }
+    }
+
+    /// The next look tries again.
+    fn complain(&self, error: &kube::Error) {
+        tracing::warn!(namespace = ?self.regarding.namespace, name = ?self.regarding.name, %error, "its status can't be written");
+    }
+
+    /// As an object of no particular type: one that can't be read has a status all the same.
+    fn api(&self) -> Api<DynamicObject> {
+        let namespace = self.regarding.namespace.as_deref().unwrap_or_default();
+        let kind = ApiResource::erase::<ImCluster>(&());
+        Api::namespaced_with(self.shared.world.client().clone(), namespace, &kind)
+    }
+
+    /// The object as it is; `None` = it is gone.
+    async fn look(&self) -> Result<Option<Seen>, kube::Error> {
+        let found = self.api().get_opt(self.regarding.name.as_deref().unwrap_or_default()).await?;
+        let found = found.filter(|found| found.metadata.uid == self.regarding.uid);
+        Ok(found.map(|found| {
+            let status = found.data.get("status").cloned().map(serde_json::from_value);
+            Seen { version: found.metadata.resource_version, status: status.and_then(Result::ok).unwrap_or_default() }
+        }))
+    }
+
+    /// Writes a status over the state that was seen, and says which version the object has then.
+    async fn write(&self, status: &ImClusterStatus) -> Result<Option<String>, kube::Error> {
+        let Some(name) = &self.regarding.name else { return Ok(None) };
         let patch = json!({
             "apiVersion": self.regarding.api_version,
             "kind": self.regarding.kind,
-            "metadata": { "name": name, "uid": self.regarding.uid },
-            "status": next,
+            "metadata": { "name": name, "uid": self.regarding.uid, "resourceVersion": self.seen.version },
+            "status": status,
         });
-        let params = PatchParams::apply(MANAGER).force();
         self.shared.world.wrote("ImCluster/status");
-        // Only the answer's success matters: an object that can't be read has a status all the same.
-        let written = api.patch_status(name, &params, &Patch::Apply(&patch)).await;
-        match written {
-            Ok(_) | Err(kube::Error::SerdeError(_)) => {}
-            Err(error) => {
-                // The next look tries again.
-                tracing::warn!(%namespace, %name, %error, "its status can't be written");
-                return;
-            }
-        }
-        for happening in happenings(&self.previous, &next) {
+        let params = PatchParams::apply(MANAGER).force();
+        Ok(self.api().patch_status(name, &params, &Patch::Apply(&patch)).await?.metadata.resource_version)
+    }
+
+    /// Tells what changed since the previous status.
+    async fn tell(&self, previous: &ImClusterStatus) {
+        for happening in happenings(previous, &self.seen.status) {
             self.shared.world.wrote("Event");
-            if let Err(error) = publish(client, &self.shared.reporter, &self.regarding, happening).await {
-                tracing::warn!(%namespace, %name, %error, "an event can't be written");
+            let written = publish(self.shared.world.client(), &self.shared.reporter, &self.regarding, happening).await;
+            if let Err(error) = written
+                && !namespace_ends(&error)
+            {
+                let (namespace, name) = (&self.regarding.namespace, &self.regarding.name);
+                tracing::warn!(?namespace, ?name, %error, "an event can't be written");
             }
         }
-        self.previous = next;
     }
 }
 

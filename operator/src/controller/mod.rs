@@ -44,7 +44,8 @@ use kube::api::{ApiResource, DynamicObject, ListParams};
 use kube::core::{DeserializeGuard, PartialObjectMeta};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::controller::{self, ReconcileRequest, applier};
-use kube::runtime::reflector::{self, ObjectRef, reflector};
+use kube::runtime::reflector::store::Writer;
+use kube::runtime::reflector::{self, ObjectRef, Store, reflector};
 use kube::runtime::utils::PredicateConfig;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, CustomResourceExt, Resource, ResourceExt};
@@ -220,10 +221,11 @@ async fn lead_when_it_is_ours(
             return;
         }
         metrics.statuses.set_leading(true);
-        let context = Arc::new(Context::new(shared.clone()));
+        let (clusters, writer) = reflector::store();
+        let context = Arc::new(Context::new(shared.clone(), clusters.clone()));
         tokio::select! {
             // With the context every keeper, and with it every loop that decides, is dropped.
-            () = reconcile_all(context, namespace.clone()) => return,
+            () = reconcile_all(context, clusters, writer, namespace.clone()) => return,
             lost = leadership.wait_for(|leadership| *leadership != Leadership::Leading) => if lost.is_err() { return },
         }
         metrics.clusters.set(0);
@@ -240,10 +242,14 @@ fn meaning(object: &DeserializeGuard<ImCluster>) -> Option<u64> {
 
 type Request = ReconcileRequest<DeserializeGuard<ImCluster>>;
 
-/// Follows all ImClusters and their children, for ever.
-async fn reconcile_all(context: Arc<Context>, namespace: Option<String>) {
+/// Follows all ImClusters and their children, for ever; `writer` keeps `store`.
+async fn reconcile_all(
+    context: Arc<Context>,
+    store: Store<DeserializeGuard<ImCluster>>,
+    writer: Writer<DeserializeGuard<ImCluster>>,
+    namespace: Option<String>,
+) {
     let client = context.client().clone();
-    let (store, writer) = reflector::store::<DeserializeGuard<ImCluster>>();
     let (seen, forgets) = (store.clone(), context.clone());
     let clusters = reflector(writer, watcher(scoped(&client, namespace.as_deref()), watcher::Config::default()))
         .default_backoff()

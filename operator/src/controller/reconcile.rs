@@ -1,10 +1,10 @@
 //! One look at one ImCluster: observe → decide → act; the status is written by its [`Keeper`].
 
 use super::accepted::Accepted;
-use super::act::{Memory, act};
+use super::act::{Memory, act, namespace_ends};
 use super::children::tokens_of;
 use super::decide::{Problem, decide};
-use super::keeper::{Keeper, Order, Shared};
+use super::keeper::{Keeper, Order, Seen, Shared};
 use super::members::LINK_TOKEN;
 use super::observe::observe;
 use super::secrets::SecretVersions;
@@ -15,6 +15,7 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Resource;
 use kube::core::DeserializeGuard;
 use kube::runtime::controller::Action;
+use kube::runtime::reflector::{ObjectRef, Store};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -66,6 +67,8 @@ pub fn category(error: &kube::Error) -> &'static str {
 /// What all reconciles share while this replica leads. Dropping it ends every [`Keeper`].
 pub struct Context {
     shared: Arc<Shared>,
+    /// Every ImCluster that there is.
+    clusters: Store<DeserializeGuard<ImCluster>>,
     memory: Memory,
     keepers: Mutex<HashMap<ClusterKey, Keeper>>,
     secrets: SecretVersions,
@@ -74,10 +77,11 @@ pub struct Context {
 }
 
 impl Context {
-    /// No ImCluster is known yet.
-    pub fn new(shared: Arc<Shared>) -> Self {
+    /// Nobody decides for any of `clusters` yet.
+    pub fn new(shared: Arc<Shared>, clusters: Store<DeserializeGuard<ImCluster>>) -> Self {
         Self {
             shared,
+            clusters,
             memory: Memory::default(),
             keepers: Mutex::default(),
             secrets: SecretVersions::default(),
@@ -95,11 +99,15 @@ impl Context {
         &self.secrets
     }
 
-    /// That ImCluster is gone: nobody decides for it any more. Its children go by their owner references.
+    /// That ImCluster is gone, and no longer among those that there are: nobody decides for it any more. Its children go by
+    /// their owner references.
     pub fn forget(&self, key: &ClusterKey) {
-        if self.keepers.lock().remove(key).is_some() {
+        let mut keepers = self.keepers.lock();
+        if keepers.remove(key).is_some() {
             tracing::info!("{key} is gone");
         }
+        self.shared.metrics.clusters.set(i64::try_from(keepers.len()).unwrap_or(i64::MAX));
+        drop(keepers);
         self.troubles.lock().remove(key);
         self.secrets.forget(key);
         self.memory.forget(&key.0);
@@ -113,15 +121,25 @@ impl Context {
         }
     }
 
-    fn order(&self, key: &ClusterKey, regarding: ObjectReference, previous: Option<ImClusterStatus>, order: Order) {
+    fn order(&self, key: &ClusterKey, regarding: ObjectReference, seen: Seen, order: Order) {
         let mut keepers = self.keepers.lock();
+        // It may have gone while it was looked at. With the keepers locked, whoever goes after this is forgotten after it.
+        if !self.is_there(&regarding) {
+            return;
+        }
         match keepers.get(key) {
             Some(keeper) if keeper.is_of(regarding.uid.as_deref()) => keeper.order(order),
             _ => {
-                keepers.insert(key.clone(), Keeper::start(self.shared.clone(), regarding, previous, order));
+                keepers.insert(key.clone(), Keeper::start(self.shared.clone(), regarding, seen, order));
             }
         }
         self.shared.metrics.clusters.set(i64::try_from(keepers.len()).unwrap_or(i64::MAX));
+    }
+
+    fn is_there(&self, regarding: &ObjectReference) -> bool {
+        let name = ObjectRef::new(regarding.name.as_deref().unwrap_or_default());
+        let found = self.clusters.get(&name.within(regarding.namespace.as_deref().unwrap_or_default()));
+        found.is_some_and(|found| found.meta().uid == regarding.uid)
     }
 
     /// How long to wait after something was in the way once more.
@@ -156,10 +174,14 @@ pub async fn reconcile(
     }
     let generation = meta.generation.unwrap_or_default();
     let regarding = object.object_ref(&());
-    let cannot_run = |previous, reason, message: String| {
+    let seen = |status: Option<&ImClusterStatus>| Seen {
+        version: meta.resource_version.clone(),
+        status: status.cloned().unwrap_or_default(),
+    };
+    let cannot_run = |status, reason, message: String| {
         let problem = Some(Problem { reason, message });
         let situation = Situation { generation, problem, ..Situation::default() };
-        context.order(&key, regarding.clone(), previous, Order { situation, run: None });
+        context.order(&key, regarding.clone(), seen(status), Order { situation, run: None });
         context.shared.metrics.reconciled("refused");
         Ok(Action::await_change())
     };
@@ -175,7 +197,7 @@ pub async fn reconcile(
         Ok(accepted) => accepted,
         Err(violations) => {
             let lines: Vec<String> = violations.iter().map(ToString::to_string).collect();
-            return cannot_run(cluster.status.clone(), "InvalidSpec", lines.join("; "));
+            return cannot_run(cluster.status.as_ref(), "InvalidSpec", lines.join("; "));
         }
     };
 
@@ -198,6 +220,11 @@ pub async fn reconcile(
     // Paused is another way of applying, not another way of looking.
     if !situation.paused {
         let acted = act(world.client(), &accepted, decision, &context.memory, |kind| world.wrote(kind)).await;
+        if acted.errors.iter().any(|error| namespace_ends(&error.source)) {
+            context.shared.metrics.reconciled("waiting");
+            tracing::debug!("{key}: its namespace ends, and it with it");
+            return Ok(Action::await_change());
+        }
         if let Some(made) = &acted.tokens {
             tokens = tokens_of(made, LINK_TOKEN);
             context.memory.learn_tokens(&accepted, made);
@@ -216,7 +243,7 @@ pub async fn reconcile(
     context.secrets.saw(&key, secret_versions);
     let trouble = situation.problem.is_some();
     let run = if blocked { None } else { tokens.map(|tokens| (accepted, tokens)) };
-    context.order(&key, regarding, cluster.status.clone(), Order { situation, run });
+    context.order(&key, regarding, seen(cluster.status.as_ref()), Order { situation, run });
     if trouble {
         context.shared.metrics.reconciled("waiting");
         return Ok(Action::requeue(context.pause(&key)));

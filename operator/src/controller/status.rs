@@ -41,8 +41,8 @@ fn holds(holds: bool) -> ConditionStatus {
     if holds { ConditionStatus::True } else { ConditionStatus::False }
 }
 
-/// The status at `now`; `shown` is what control says, if somebody leads. What control can't say while it is new and still
-/// listens to the members stays as it was.
+/// The status at `now`; `shown` is what control says, if somebody leads. What control can't say while it is new stays as it
+/// was: all of it before it says anything, and whether all is well while it still listens to the members.
 pub fn status(
     previous: &ImClusterStatus,
     situation: &Situation,
@@ -51,6 +51,10 @@ pub fn status(
 ) -> ImClusterStatus {
     // A status before the first one is empty.
     let shown = shown.filter(|shown| !shown.cluster.is_empty());
+    // Somebody led before, and knew more than this one does yet.
+    if shown.is_none() && situation.problem.is_none() && previous.shards.total > 0 {
+        return previous.clone();
+    }
     let verdicts = [
         ready(situation, shown),
         progressing(situation, shown),
@@ -431,6 +435,10 @@ mod tests {
         let listening = status(&first, &Situation { generation: 9, ..Situation::default() }, Some(&bad), at(3));
         assert_eq!((words(&listening)[0].as_str(), time(&listening, 0)), (GOOD[0], rfc3339(at(1))));
         assert_eq!(listening.conditions[0].observed_generation, 9);
+        for silent in [None, Some(control::Status::default())] {
+            let new = status(&first, &Situation { generation: 9, ..Situation::default() }, silent.as_ref(), at(4));
+            assert_eq!(new, first, "it knows nothing yet");
+        }
     }
 
     #[test]

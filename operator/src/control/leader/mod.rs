@@ -133,10 +133,19 @@ struct TierState {
     scaler: Scaler,
     wanted: Wanted,
     leaving: BTreeMap<String, Leaving>,
+    /// Since when each member that does not serve does not.
+    absent: BTreeMap<String, Duration>,
     /// The platform is at work for this tier: the next steps wait until its outcome is known.
     acting: bool,
     /// A change that was approved and is under way, and since when.
     approved: Option<(Change, Duration)>,
+}
+
+impl TierState {
+    /// How long that member has not served.
+    fn absent_for(&self, process: &Process, now: Duration) -> Duration {
+        self.absent.get(&process.name).map_or(Duration::ZERO, |since| now.saturating_sub(*since))
+    }
 }
 
 /// Both tiers, by [`Tier`].
@@ -168,8 +177,8 @@ impl IndexMut<Tier> for PerTier {
 
 /// What was done off the loop.
 enum Done {
-    /// The steps of a tier, and what there is to tell of them.
-    Steps { tier: Tier, told: Vec<String> },
+    /// The steps of a tier, what there is to tell of them, and whether the platform did them all.
+    Steps { tier: Tier, told: Vec<String>, complete: bool },
     /// Connections are led to a gateway, or no longer.
     Spread { name: String, instance: String, serving: bool, outcome: Result<(), PlatformError> },
     /// The map of a term was stored.
@@ -422,13 +431,15 @@ impl<P: Platform> Leader<P> {
 
     fn on_done(&mut self, done: Result<Done, tokio::task::JoinError>) -> Result<(), ControlError> {
         match done {
-            Ok(Done::Steps { tier, told }) => {
+            Ok(Done::Steps { tier, told, complete }) => {
                 for text in told {
                     self.tell(text);
                 }
                 self.tiers[tier].acting = false;
-                // What the platform shows of it counts for the next steps.
+                // What the platform shows of it counts for the next steps; what it refused waits for its turn.
+                let due = self.round_due;
                 self.on_view();
+                self.round_due = due || complete;
             }
             Ok(Done::Spread { name, instance, serving, outcome }) => {
                 let now = self.now();

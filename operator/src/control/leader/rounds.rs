@@ -9,7 +9,7 @@ use crate::autoscale::{Member, MemberState};
 use crate::metrics::round::{Answers, Connector};
 use crate::metrics::{Endpoint, Request, Round, Target, measure};
 use crate::platform::process::STOP_GRACE;
-use crate::platform::{Platform, Process, ProcessState, Tier};
+use crate::platform::{Platform, PlatformError, Process, ProcessState, Tier};
 use crate::shards::{Event, Move, Plan, Proposed, Snapshot, plan};
 use im_crds::Mode;
 use im_proto::ids::MemberId;
@@ -21,6 +21,8 @@ const SILENT_HOLDS: Duration = Duration::from_secs(60);
 const EMPTY_DEADLINE: Duration = Duration::from_secs(120);
 /// An emptied business member stays that long, so that senders hear from itself who has its shards now.
 const EMPTY_LINGER: Duration = Duration::from_secs(1);
+/// A member that is there and does not serve for longer is not waited for.
+const FAILS_AFTER: Duration = Duration::from_secs(30);
 /// An approved change of a tier that is not done by then is given up.
 const APPROVED_FOR: Duration = Duration::from_secs(1_800);
 
@@ -47,13 +49,13 @@ impl<P: Platform> Leader<P> {
     /// Decides about a tier and takes the next steps that may be taken; what else would have to be done is returned.
     fn scale(&mut self, tier: Tier, acts: Acts, snapshot: &Snapshot) -> Option<Change> {
         let now = self.now();
+        self.note_absent(tier);
         self.note_leaving(tier, snapshot);
         self.note_empty(tier, snapshot);
         let members = self.tier_members(tier, snapshot);
         let ordered = self.view.ordered.of(tier);
         let wanted = {
-            let serves = |member: &TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
-            let rolling = members.iter().any(|member| member.outdated && serves(member));
+            let rolling = members.iter().any(|member| member.outdated && member.is_to_serve());
             let (members, cores) = (&self.observed(tier), self.platform.cores(&self.cluster, tier));
             let observed = Observed { tier, members, ordered, rolling, signals: &self.signals, cores };
             self.tiers[tier].scaler.decide(now, tier.scaling(&self.cluster), &observed)
@@ -98,8 +100,7 @@ impl<P: Platform> Leader<P> {
         let replaces = approved.is_some_and(|(change, _)| change.outdated > 0);
         let relevant = |member: &TierMember| TierMember { outdated: member.outdated && replaces, ..member.clone() };
         let members: Vec<TierMember> = members.iter().map(relevant).collect();
-        let serves = |member: &&TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
-        let count = members.iter().filter(serves).count() as u32 + ordered;
+        let count = members.iter().filter(|member| member.is_to_serve()).count() as u32 + ordered;
         let target = approved.map_or(count, |(change, _)| change.to);
         let settled = members.iter().all(|member| member.stage == Stage::Ready && !member.outdated);
         if let Some((_, since)) = approved {
@@ -125,6 +126,16 @@ impl<P: Platform> Leader<P> {
         }
         self.coordinator.hold_planned(waits.is_some());
         self.waits = waits;
+    }
+
+    /// Notes since when each member that does not serve does not; as far as this leader saw.
+    fn note_absent(&mut self, tier: Tier) {
+        let now = self.now();
+        let absent = self.view.of_tier(tier).filter(|process| self.live_link(process).is_none()).map(|process| {
+            let since = self.tiers[tier].absent.get(&process.name).copied().unwrap_or(now);
+            (process.name.clone(), since)
+        });
+        self.tiers[tier].absent = absent.collect();
     }
 
     /// Notes who goes by itself: it was told to end by somebody else (an eviction, a signal) and lives until it is empty.
@@ -161,6 +172,8 @@ impl<P: Platform> Leader<P> {
     pub(super) fn holds(&self, tier: Tier, process: &Process, snapshot: &Snapshot) -> u64 {
         let now = self.now();
         match (tier, self.link_of(process)) {
+            // Connections end with their process.
+            (Tier::Gateway, _) if process.state == ProcessState::Waiting => 0,
             (Tier::Gateway, Some((_, link))) if now.saturating_sub(link.heard) >= SILENT_HOLDS => 0,
             (Tier::Gateway, Some((_, link))) => link.beat.connections,
             (Tier::Business, Some((member, _))) => held_or_coming(snapshot, member),
@@ -215,6 +228,8 @@ impl<P: Platform> Leader<P> {
                     Stage::Leaving { empty, overdue: now.saturating_sub(leaving.since) >= deadline }
                 }
                 (_, None) if self.live_link(process).is_some() => Stage::Ready,
+                (ProcessState::Waiting, None) if process.starts > 1 => Stage::Failing,
+                (_, None) if state.absent_for(process, now) >= FAILS_AFTER => Stage::Failing,
                 (_, None) => Stage::Starting,
             };
             let cost = self.holds(tier, process, snapshot);
@@ -252,20 +267,21 @@ impl<P: Platform> Leader<P> {
         self.tiers[tier].acting = true;
         let (platform, cluster) = (self.platform.clone(), self.cluster.clone());
         self.tasks.spawn(async move {
-            let mut told = Vec::new();
+            let (mut told, mut complete) = (Vec::new(), true);
+            let mut note = |outcome: Result<(), PlatformError>, done: String, not_done: String| {
+                complete &= outcome.is_ok();
+                told.push(outcome.map_or_else(|error| format!("{not_done}: {error}"), |()| done));
+            };
             if count > 0 {
-                told.push(match within(platform.start(&cluster, tier, count)).await {
-                    Ok(()) => format!("{tier}: {count} more are started"),
-                    Err(error) => format!("{tier}: {count} more can't be started: {error}"),
-                });
+                let (done, not_done) =
+                    (format!("{tier}: {count} more are started"), format!("{tier}: {count} more can't be started"));
+                note(within(platform.start(&cluster, tier, count)).await, done, not_done);
             }
             for name in stops {
-                told.push(match within(platform.stop(&name, STOP_GRACE)).await {
-                    Ok(()) => format!("{name} is stopped"),
-                    Err(error) => format!("{name} can't be stopped: {error}"),
-                });
+                let (done, not_done) = (format!("{name} is stopped"), format!("{name} can't be stopped"));
+                note(within(platform.stop(&name, STOP_GRACE)).await, done, not_done);
             }
-            Done::Steps { tier, told }
+            Done::Steps { tier, told, complete }
         });
     }
 
@@ -410,7 +426,7 @@ fn held_or_coming(snapshot: &Snapshot, member: &MemberId) -> u64 {
 
 /// What would have to be done with a tier, if anything.
 fn proposed_change(tier: Tier, wanted: u32, members: &[TierMember], ordered: u32) -> Option<Change> {
-    let serves = |member: &&TierMember| matches!(member.stage, Stage::Starting | Stage::Ready);
+    let serves = |member: &&TierMember| member.is_to_serve();
     let from = members.iter().filter(serves).count() as u32 + ordered;
     let outdated = members.iter().filter(serves).filter(|member| member.outdated).count() as u32;
     (from != wanted || outdated > 0).then_some(Change { tier, from, to: wanted, outdated })
