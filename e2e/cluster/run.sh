@@ -44,6 +44,9 @@ mkdir -p "$images"
 # Two images of one build: a roll-out from one to the other replaces every pod.
 images/build.sh --dev "$images/imcluster.tar" localhost/imcluster:e2e
 LABEL=e2e=other images/build.sh --dev "$images/imcluster-other.tar" localhost/imcluster:e2e-other
+# The chart of this very build, whatever is edited while the tests run.
+rm -rf "$STATE/chart"
+cp -r charts/imcluster "$STATE/chart"
 
 "$CLUSTER_DIR/up.sh" "$driver"
 # shellcheck source=/dev/null
@@ -61,6 +64,7 @@ kubectl --namespace e2e-dependencies rollout status statefulset/postgres --timeo
 
 step "suite '$suite'"
 export IM_E2E_SUITE="$suite" IM_E2E_IMAGE=localhost/imcluster:e2e IM_E2E_IMAGE_OTHER=localhost/imcluster:e2e-other
+export IM_E2E_CHART="$STATE/chart"
 export IM_E2E_PROMETHEUS=http://prometheus.e2e-dependencies:9090
 export IM_E2E_POSTGRES=postgres://im:im@postgres.e2e-dependencies:5432/im
 HELM="$(command -v helm)"

@@ -5,15 +5,12 @@
 //! | `KUBECONFIG` | the cluster, as an administrator |
 //! | `IM_E2E_SUITE` | `ci` or `all` |
 //! | `IM_E2E_IMAGE`, `IM_E2E_IMAGE_OTHER` | two builds that the nodes have; `REPOSITORY:TAG`, of one repository |
+//! | `IM_E2E_CHART` | the operator's chart as it belongs to those builds |
 //! | `IM_NODE` | a node's address as seen from this machine; left out: its internal address |
 //! | `HELM` | the helm program; left out: the one on `PATH` |
 //! | `KEEP` | `1`: the namespaces of scenarios that failed are kept |
 
-use std::{
-    env,
-    net::IpAddr,
-    path::{Path, PathBuf},
-};
+use std::{env, net::IpAddr, path::PathBuf};
 
 use crate::support::TestResult;
 
@@ -88,7 +85,7 @@ impl Environment {
             suite: wanted,
             keep: env::var("KEEP").is_ok_and(|keep| keep == "1"),
             images: [Image::parse(&variable("IM_E2E_IMAGE")?)?, Image::parse(&variable("IM_E2E_IMAGE_OTHER")?)?],
-            chart: Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/imcluster"),
+            chart: PathBuf::from(variable("IM_E2E_CHART")?),
             helm: env::var_os("HELM").map_or_else(|| "helm".into(), PathBuf::from),
             node: env::var("IM_NODE").ok().map(|address| address.parse()).transpose()?,
         }))

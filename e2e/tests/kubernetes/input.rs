@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use im_crds::ConditionStatus;
+use im_crds::{ConditionStatus, ProposalStatus};
 use k8s_openapi::api::{
     core::v1::{Event, Secret},
     events::v1,
@@ -55,26 +55,27 @@ async fn what_is_recommended_waits_for_approval() -> TestResult {
         .await?;
         scene.world.hold("nothing happens on a stale approval", NOTHING_FOR, |world| business_pods(world) == 1).await?;
 
-        approve_until(scene, "a second business member runs", |world| world.ready_pods(CLUSTER, "business").len() == 2)
-            .await?;
+        let runs = |world: &World| world.ready_pods(CLUSTER, "business").len() == 2;
+        approve_until(scene, "business: 2 members", "a second business member runs", runs).await?;
         let unmoved = |world: &World| world.shares(CLUSTER).is_some_and(|shares| shares.len() == 1);
         scene.world.hold("moves wait for an approval of their own", NOTHING_FOR, unmoved).await?;
-        approve_until(scene, "the shards are shared", |world| world.shards_are_shared_by(CLUSTER, 2)).await?;
+        let shared = |world: &World| world.shards_are_shared_by(CLUSTER, 2);
+        approve_until(scene, "shards move", "the shards are shared", shared).await?;
         scene.flow(100).await
     })
     .await
 }
 
-/// Approves what is shown, and what is shown instead of it when the load has changed it meanwhile.
-async fn approve_until(scene: &Scene, what: &str, mut reached: impl FnMut(&World) -> bool) -> TestResult {
+/// Approves what is shown in these words, and what is shown instead of it when the load has changed it meanwhile.
+async fn approve_until(scene: &Scene, words: &str, what: &str, mut reached: impl FnMut(&World) -> bool) -> TestResult {
     let mut approved = String::new();
     eventually(what, PATIENCE, async || {
         if reached(&scene.world) {
             return Some(Ok(()));
         }
         let proposals = scene.world.status(CLUSTER)?.proposals;
-        let fresh = proposals.into_iter().map(|proposal| proposal.hash).find(|hash| *hash != approved)?;
-        approved = fresh;
+        let fresh = |proposal: &ProposalStatus| proposal.hash != approved && proposal.what.contains(words);
+        approved = proposals.into_iter().find(fresh)?.hash;
         scene.annotate(APPROVE, &approved).await.err().map(Err)
     })
     .await?

@@ -4,12 +4,12 @@ use std::{fs, path::Path};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{Api, CustomResourceExt};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::{
     environment::Suite,
-    scene::{CLUSTER, Scene, ensure, scenario},
+    scene::{CLUSTER, Scene, ensure, merge, scenario},
     support::TestResult,
     world::World,
 };
@@ -56,13 +56,11 @@ async fn the_chart_is_upgraded_with_a_changed_definition() -> TestResult {
         let directory = std::env::temp_dir().join(&scene.namespace);
         copy(&scene.environment.chart, &directory)?;
         let file = directory.join("files/crds/imclusters.yaml");
-        let definition = fs::read_to_string(&file)?;
-        // Into the properties of `status`, the only place where the status' own conditions are described.
-        let anchor = "observedGeneration:\n";
-        let place = definition.find(anchor).ok_or("status.observedGeneration is not in the definition")?;
-        let indent = place - definition[..place].rfind('\n').map_or(0, |end| end + 1);
-        let field = format!("{NEW_FIELD}:\n{0}  type: string\n{0}", " ".repeat(indent));
-        fs::write(&file, format!("{}{field}{}", &definition[..place], &definition[place..]))?;
+        let mut definition: Value = serde_norway::from_str(&fs::read_to_string(&file)?)?;
+        let properties = "/spec/versions/0/schema/openAPIV3Schema/properties/status/properties";
+        let properties = definition.pointer_mut(properties).ok_or("the definition describes no status")?;
+        merge(properties, json!({ NEW_FIELD: {"type": "string"} }));
+        fs::write(&file, serde_norway::to_string(&definition)?)?;
 
         let [first, second] = scene.environment.images.clone();
         let upgraded = scene.operator.upgrade(&directory, &second).await;

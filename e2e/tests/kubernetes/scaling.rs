@@ -132,36 +132,66 @@ async fn business_scales_from_one_to_three_and_back() -> TestResult {
 
 /// Shards in the scenario of the hot one; few, so that each of the others has some load too.
 const FEW_SHARDS: u32 = 16;
-/// Messages a second of the one loud conversation: well above all others together.
+/// Messages a second from each side of the one loud conversation.
 const LOUD_PER_SECOND: u32 = 80;
+/// Messages a second of all others meanwhile.
+const OTHERS_PER_SECOND: f64 = 20.0;
+/// Messages and notifications a second that all members have at least once it is loud: a message of two people counts when it is
+/// stored, when it is with each of them, and in their shards. The others make less than a third of it.
+const LOUD_LOAD: f64 = 500.0;
+/// No member's load is further above the mean when the load is level. If nothing moved it would be more: the loud conversation
+/// and both of its people are with one member at first, and so is two thirds of the load.
+const LEVEL: f64 = 1.25;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hot_shard_and_its_neighbours_part() -> TestResult {
     let spec = json!({"business": {"replicas": 2, "shards": FEW_SHARDS}});
     scenario(Suite::All, spec, async |scene| {
         scene.wait_shards_shared_by(2).await?;
-        let chat = scene.chat()?;
-        let (one, other) = (chat.people()[0].name.clone(), chat.people()[1].name.clone());
-        let shard = shard_of(&direct_conversation(&one, &other), FEW_SHARDS) as usize;
-        let loud = [
-            chat.send_to_at(0, format!("u/{other}"), LOUD_PER_SECOND),
-            chat.send_to_at(1, format!("u/{one}"), LOUD_PER_SECOND),
-        ];
+        let owners = scene.world.owners(CLUSTER).ok_or("there is no shard map")?;
+        let owner = |key: &str| owners[shard_of(key, FEW_SHARDS) as usize].clone();
+        let people: Vec<String> = scene.chat()?.people().iter().map(|person| person.name.clone()).collect();
+        let pairs = (0..people.len()).flat_map(|one| (0..one).map(move |other| (one, other)));
+        let with_one_member = |(one, other): &(usize, usize)| {
+            let conversation = direct_conversation(&people[*one], &people[*other]);
+            let owners = [&conversation, &people[*one], &people[*other]].map(|key| owner(key));
+            owners.iter().all(|owner| owner.is_some() && *owner == owners[0])
+        };
+        let (one, other) =
+            pairs.into_iter().find(with_one_member).ok_or("no two people have all shards in one place")?;
+        let shard = shard_of(&direct_conversation(&people[one], &people[other]), FEW_SHARDS) as usize;
         let neighbours = |world: &World| {
             let owners = world.owners(CLUSTER)?;
             let hot = owners.get(shard)?.clone()?;
             Some(owners.iter().filter(|owner| owner.as_deref() == Some(&hot)).count() - 1)
         };
         println!("the loud conversation's shard {shard} had {:?} neighbours", neighbours(&scene.world));
-        // A fair share by number alone would be seven.
-        scene
-            .wait("the loud shard has few neighbours", |world| neighbours(world).is_some_and(|count| count <= 4))
-            .await?;
-        println!("it has {:?} now", neighbours(&scene.world));
+
+        scene.chat()?.send_at(OTHERS_PER_SECOND, 2);
+        let loud = [(one, other), (other, one)].map(|(from, to)| {
+            scene.chat().map(|chat| chat.send_to_at(from, format!("u/{}", people[to]), LOUD_PER_SECOND))
+        });
+        let loads = eventually("the load is loud and level", PATIENCE, async || {
+            let (sum, ratio) = business_loads(scene).await.ok()?;
+            (sum >= LOUD_LOAD && ratio <= LEVEL).then_some((sum, ratio))
+        })
+        .await?;
+        println!("all load, and the fullest member's beside the mean: {loads:.2?}");
+        println!("the shard has {:?} neighbours now", neighbours(&scene.world));
         drop(loud);
         scene.flow(200).await
     })
     .await
+}
+
+/// The business members' load in messages a second, and that of the fullest beside the mean.
+async fn business_loads(scene: &Scene) -> TestResult<(f64, f64)> {
+    let mut loads = Vec::new();
+    for pod in scene.world.ready_pods(CLUSTER, "business") {
+        loads.push(scene.gauge(&pod, "im_messages_per_second").await?);
+    }
+    let (sum, highest) = (loads.iter().sum::<f64>(), loads.iter().copied().fold(0.0, f64::max));
+    Ok((sum, highest * loads.len() as f64 / sum.max(1.0)))
 }
 
 #[tokio::test(flavor = "multi_thread")]
