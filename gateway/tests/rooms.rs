@@ -21,9 +21,13 @@ async fn enter(address: std::net::SocketAddr, user: &str, filter: &str) -> Tcp {
 }
 
 fn message(number: u64, size: usize) -> push::Push {
+    in_room("stage", number, size)
+}
+
+fn in_room(room: &str, number: u64, size: usize) -> push::Push {
     let payload = vec![b'x'; size].into();
     push::Push::RoomMessage(RoomMessage {
-        room: "stage".into(),
+        room: room.into(),
         sender: "star".into(),
         device: "mic".into(),
         payload,
@@ -75,6 +79,40 @@ async fn all_viewers_get_all_messages_in_order() {
     }
     assert_eq!(running.gateway.hub.shared.metrics.room_dropped.get(), 0);
     eventually("the owner hears that all went out", || owner.room_took() == 300 * 164).await;
+}
+
+/// Counted in deliveries and not in time, so that it means the same on a busy machine: all tasks share one thread here, and if a room let
+/// nobody pass, this one would see nothing of a round before its end.
+#[tokio::test]
+async fn a_hot_room_lets_others_pass_between_its_viewers() {
+    const HOT_VIEWERS: u64 = 1_000;
+    let (running, owner) = gateway(PLAIN).await;
+    let address = running.mqtt.unwrap();
+    let mut hot = Vec::new();
+    for index in 0..HOT_VIEWERS {
+        hot.push(enter(address, &format!("hot{index}"), "r/stage").await);
+    }
+    let mut cold = enter(address, "cold", "r/corner").await;
+    let delivered = || running.gateway.hub.shared.metrics.delivered.get();
+    let mut seen_first = Vec::new();
+    for next in 1..=21 {
+        let before = delivered();
+        owner.push(message(next, 100));
+        let passed = async {
+            while delivered() == before {
+                tokio::task::yield_now().await;
+            }
+            delivered() - before
+        };
+        seen_first.push(timeout(Duration::from_secs(10), passed).await.unwrap());
+        owner.push(in_room("corner", next, 100));
+        assert_eq!(number(&cold.message().await), next);
+        eventually("the round ends", || delivered() == before + HOT_VIEWERS + 1).await;
+    }
+    seen_first.sort_unstable();
+    let median = seen_first[seen_first.len() / 2];
+    assert!(median <= HOT_VIEWERS / 4, "others had their turn only after {median} of {HOT_VIEWERS} viewers");
+    drop(hot);
 }
 
 #[tokio::test]
