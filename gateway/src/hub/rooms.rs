@@ -430,15 +430,12 @@ impl Hub {
         loop {
             let began = Instant::now();
             let Some(round) = room.state.lock().next_round() else { break };
-            let mut sent = Sent::default();
             if let Some(batch) = &round.batch {
-                self.send_to_all(&room, RoomPart::Messages, round.number, batch, &mut sent).await;
+                self.send_to_all(&room, RoomPart::Messages, round.number, batch).await;
             }
             if let Some(stats) = &round.stats {
-                self.send_to_all(&room, RoomPart::Stats, round.number, stats, &mut sent).await;
+                self.send_to_all(&room, RoomPart::Stats, round.number, stats).await;
             }
-            self.shared.metrics.delivered.inc_by(sent.delivered);
-            self.shared.metrics.room_dropped.inc_by(sent.lost);
             if let Some((owner, bytes)) = round.in_hand {
                 match &mut gone_out {
                     Some((told, sum)) if *told == owner => *sum += bytes,
@@ -464,16 +461,20 @@ impl Hub {
         }
     }
 
-    async fn send_to_all(&self, room: &Room, part: RoomPart, round: u64, batch: &Batch, sent: &mut Sent) {
+    /// Sends a batch to all, in turns; what became of it is counted after each.
+    async fn send_to_all(&self, room: &Room, part: RoomPart, round: u64, batch: &Batch) {
         let mut turn = Vec::with_capacity(VIEWERS_PER_TURN);
         let mut next = Some(0);
         while let Some(from) = next {
             next = room.state.lock().some_viewers(part, from, round, &mut turn);
+            let mut sent = Sent::default();
             for connection in turn.drain(..) {
                 let one = connection.send_batch(batch);
                 sent.delivered += one.delivered;
                 sent.lost += one.lost;
             }
+            self.shared.metrics.delivered.inc_by(sent.delivered);
+            self.shared.metrics.room_dropped.inc_by(sent.lost);
             if next.is_some() {
                 tokio::task::yield_now().await;
             }
