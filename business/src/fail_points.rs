@@ -1,7 +1,7 @@
 //! Points at which a test may have the process end as if it were killed, between two steps that must not need each other.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use im_proto::link::{reply, server_frame};
 
@@ -43,16 +43,20 @@ impl FailPoint {
 
 /// The point that is armed, if any.
 #[derive(Debug, Clone, Default)]
-pub struct FailPoints(Arc<AtomicU8>);
+pub struct FailPoints {
+    armed: Arc<AtomicU8>,
+    /// The last commit that gives a shard back.
+    releasing: Arc<AtomicU64>,
+}
 
 impl FailPoints {
     /// The process ends when it gets there the next time.
     pub fn arm(&self, point: FailPoint) {
-        self.0.store(point as u8, Ordering::Relaxed);
+        self.armed.store(point as u8, Ordering::Relaxed);
     }
 
     fn reach(&self, point: FailPoint) {
-        if self.0.load(Ordering::Relaxed) == point as u8 {
+        if self.armed.load(Ordering::Relaxed) == point as u8 {
             tracing::warn!(?point, "fail point reached: the process ends");
             std::process::abort();
         }
@@ -60,12 +64,17 @@ impl FailPoints {
 
     /// Before the core learns of something.
     pub fn before_input(&self, input: &Input) {
-        if self.0.load(Ordering::Relaxed) == 0 {
+        if self.armed.load(Ordering::Relaxed) == 0 {
             return;
         }
-        if let Input::Answered { answer: Ok(answer), .. } = input {
+        if let Input::Answered { call, answer: Ok(answer) } = input {
             match answer {
-                StoreAnswer::Commit(_) => self.reach(FailPoint::Committed),
+                StoreAnswer::Commit(_) => {
+                    self.reach(FailPoint::Committed);
+                    if *call == self.releasing.load(Ordering::Relaxed) {
+                        self.reach(FailPoint::Released);
+                    }
+                }
                 StoreAnswer::Release(_) => self.reach(FailPoint::Released),
                 StoreAnswer::Acquire(_) => self.reach(FailPoint::Acquired),
                 _ => {}
@@ -75,13 +84,17 @@ impl FailPoints {
 
     /// Before what the core wants is done. `true`: put acknowledgements on their links, let them be written, then call [`Self::acked`].
     pub fn before_outputs(&self, outputs: &[Output]) -> bool {
-        let armed = self.0.load(Ordering::Relaxed);
+        let armed = self.armed.load(Ordering::Relaxed);
         if armed == 0 {
             return false;
         }
         for output in outputs {
             match output {
                 Output::Call { request: StoreCall::Release(_), .. } => self.reach(FailPoint::Releasing),
+                Output::Call { call, request: StoreCall::Commit(batches) } if batches.iter().any(|b| b.release) => {
+                    self.reach(FailPoint::Releasing);
+                    self.releasing.store(*call, Ordering::Relaxed);
+                }
                 Output::Call { request: StoreCall::Acquire(_), .. } => self.reach(FailPoint::Acquiring),
                 Output::Frame { frame, .. } if armed == FailPoint::Acked as u8 => {
                     if let Some(server_frame::Frame::Reply(reply)) = &frame.frame
