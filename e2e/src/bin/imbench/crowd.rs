@@ -3,7 +3,7 @@
 //! The procedure. Messages are published at an open rate; each carries its number and the time at which it was due. A rate is *carried* in
 //! a step if the publisher kept its schedule, every viewer got every byte, no number is missing or out of order, and the p99 of the delay
 //! from due to read is at most [`LATE`]. A rate counts if it was carried in two steps of at most three. The highest is searched by
-//! doubling, then by bisection. Whatever rejects a step is blamed on the client if its own threads were late.
+//! doubling until two rates in succession are not carried (one alone may be the machine's fault), then by bisection. Whatever rejects a step is blamed on the client if its own threads were late.
 
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
@@ -31,7 +31,7 @@ const OWN_LAG_MAX: Duration = Duration::from_millis(50);
 const DOUBLING_STEP: Duration = Duration::from_millis(700);
 const BISECTION_STEP: Duration = Duration::from_millis(1_500);
 /// How long messages may be under way after a step before they count as lost.
-const UNDER_WAY_MAX: Duration = Duration::from_secs(5);
+const UNDER_WAY_MAX: Duration = Duration::from_secs(15);
 /// The search ends when the next rate that is not carried is no higher than this times the highest that is.
 const PRECISION: f64 = 1.1;
 
@@ -251,20 +251,22 @@ impl Observed {
     }
 }
 
-/// Which rate is tried next: twice the last one until one is not carried, then the (geometric) middle. Each rate is tried until it was
-/// carried twice or rejected twice.
+/// Which rate is tried next: twice the last one until two in succession are not carried, then the (geometric) middle between the highest
+/// that is and the lowest above it that is not. Each rate is tried until it was carried twice or rejected twice.
 #[derive(Debug)]
 struct Search {
     rate: f64,
     carried: u32,
     rejected: u32,
     low: Option<f64>,
+    /// Rejected, but not believed before twice this rate is rejected, too.
+    doubted: Option<f64>,
     high: Option<f64>,
 }
 
 impl Search {
     fn from(rate: f64) -> Self {
-        Self { rate, carried: 0, rejected: 0, low: None, high: None }
+        Self { rate, carried: 0, rejected: 0, low: None, doubted: None, high: None }
     }
 
     fn is_doubling(&self) -> bool {
@@ -290,15 +292,16 @@ impl Search {
             return None;
         }
         (self.carried, self.rejected) = (0, 0);
-        if is_carried {
-            self.low = Some(self.rate);
-        } else {
-            self.high = Some(self.rate);
+        match (is_carried, self.high, self.doubted) {
+            (true, ..) => (self.low, self.doubted) = (Some(self.rate), None),
+            (false, None, None) => self.doubted = Some(self.rate),
+            (false, None, Some(doubted)) => self.high = Some(doubted),
+            (false, Some(_), _) => self.high = Some(self.rate),
         }
         self.rate = match (self.low, self.high) {
             (Some(low), Some(high)) => (low * high).sqrt(),
-            (Some(low), None) => low * 2.0,
-            (None, _) => self.rate / 2.0,
+            (None, Some(high)) => high / 2.0,
+            (_, None) => self.rate * 2.0,
         };
         Some(is_carried)
     }
@@ -332,6 +335,15 @@ mod tests {
         let undisturbed = found(9_000.0, |_| false).0;
         for wrong in 1..30 {
             assert_eq!(found(9_000.0, |step| step == wrong).0, undisturbed, "step {wrong}");
+        }
+    }
+
+    #[test]
+    fn a_machine_that_is_away_for_a_whole_rate_changes_nothing_while_rates_are_doubled() {
+        let undisturbed = found(9_000.0, |_| false).0;
+        for wrong in 1..12 {
+            let rate = found(9_000.0, |step| step == wrong || step == wrong + 1).0;
+            assert!((rate / undisturbed - 1.0).abs() < PRECISION - 1.0, "steps {wrong} and the next: {rate}");
         }
     }
 
