@@ -145,7 +145,9 @@ impl Conversation {
         self.cache(entry);
     }
 
-    fn cache(&mut self, entry: LogEntry) {
+    fn cache(&mut self, mut entry: LogEntry) {
+        // It came as a part of all that a link or the store said at once, and would keep all of that in memory.
+        entry.payload = Bytes::copy_from_slice(&entry.payload);
         self.cached_bytes += entry.payload.len();
         self.cached.push_back(entry);
         while self.cached.len() > CACHED_ENTRIES_MAX || self.cached_bytes > CACHED_BYTES_MAX {
@@ -477,5 +479,13 @@ mod tests {
         assert_eq!(seqs(50), None);
         assert_eq!(seqs(101), Some(vec![]));
         assert_eq!(seqs(102), None);
+    }
+
+    #[test]
+    fn what_stays_in_memory_does_not_hold_what_it_came_with() {
+        let mut chat = Conversation::load("u/alice/bob".into(), ConversationRows::default()).expect("empty");
+        let message = Bytes::from(vec![0; 4_096]);
+        chat.committed(LogEntry { payload: message.slice(..10), ..entry(&chat, 1, "bob") });
+        assert!(message.is_unique());
     }
 }

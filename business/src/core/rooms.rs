@@ -151,7 +151,9 @@ impl Room {
             return;
         }
         self.history_bytes += message.payload.len();
-        self.history.push_back(message.clone());
+        // A copy: the payload is a part of all that its link said at once.
+        let payload = Bytes::copy_from_slice(&message.payload);
+        self.history.push_back(RoomMessage { payload, ..message.clone() });
         while self.history.len() > history_max || self.history_bytes > HISTORY_BYTES_MAX {
             let Some(oldest) = self.history.pop_front() else { return };
             self.history_bytes -= oldest.payload.len();
