@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
     log.log_internal_errors(false).init();
     let arguments = Arguments::parse();
-    // One core's worth of work, on one thread: waking another costs more than what it would take over. More members do more.
+    // One core's worth of work, on one thread: what scales is the number of members.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = runtime.map_err(|error| error.to_string()).and_then(|runtime| {
         runtime.block_on(async {

@@ -100,7 +100,7 @@ fn default_grace() -> u64 {
     5
 }
 
-/// One core's worth: waking another thread costs more than what it would take over. More gateways do more.
+/// One core's worth: what scales is the number of gateways.
 fn default_threads() -> usize {
     1
 }
