@@ -628,6 +628,22 @@ async fn sqlite_refuses_when_the_disk_is_full_and_recovers() {
     assert_eq!(party.store.scrub(1).await.unwrap(), [] as [String; 0]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn sqlite_starts_its_log_over_under_load() {
+    let scratch = Scratch::new();
+    let (a, _) = members();
+    let party = Party::new(&a, Arc::new(scratch.sqlite()));
+    party.take_new(1).await;
+    let payload = [b'.'; 2_000];
+    // Some 400 MiB of pages, three times what the log may have before it starts over.
+    for batch in 0..100 {
+        let entries = (1..=1_000).map(|i| batch * 1_000 + i).map(|n| entry("g/x", n, n, &format!("k{n}"), &payload));
+        assert_eq!(party.commit_one(appends(1, 1, entries.collect())).await, Outcome::Committed);
+    }
+    let bytes = std::fs::metadata(scratch.0.join("store.db-wal")).unwrap().len();
+    assert!(bytes < 192 << 20, "the log has {} MiB", bytes >> 20);
+}
+
 /// How fast the whole way is beside one loop that writes the same rows in the same batches. Printed, not asserted: run it alone.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement; cargo test --test store_suite -- --ignored --nocapture"]

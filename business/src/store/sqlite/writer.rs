@@ -37,10 +37,11 @@ const FLUSH_ROWS: usize = 4_096;
 const WAL_BACKLOG_PAGES: u64 = 8_192;
 /// Pages of the write-ahead log from which the writer itself ends the checkpoint, so that the log starts over (64 MiB).
 const WAL_PAGES_MAX: u64 = 16_384;
-/// Pages that the checkpointer may leave to the writer, who copies them between two commits.
-const WAL_REST_PAGES: u64 = 512;
-/// Pages of the write-ahead log from which the writer does not wait for the checkpointer any more (256 MiB).
-const WAL_PAGES_LIMIT: u64 = 4 * WAL_PAGES_MAX;
+/// Pages that the syncer may leave to the writer, who copies them between two transactions: about what a commit of
+/// [`FLUSH_ROWS`] short messages has.
+const WAL_REST_PAGES: u64 = 4_096;
+/// Pages of the write-ahead log from which the writer does not wait for the syncer any more (128 MiB).
+const WAL_PAGES_LIMIT: u64 = 2 * WAL_PAGES_MAX;
 
 pub(super) type Reply<A> = oneshot::Sender<Result<A, StoreError>>;
 /// A shard and the epoch in which it is held.
@@ -249,8 +250,7 @@ impl Writer {
         if writer.journal.last() > flushed {
             writer.replay()?;
             writer.tables.commit_as(writer.journal.last())?;
-            writer.flushed = writer.journal.last();
-            writer.tables.unflushed.clear();
+            writer.is_flushed(writer.journal.last());
             tracing::info!(from = flushed + 1, to = writer.flushed, "the store took over what its journal had");
         }
         writer.wal.sync_data()?;
@@ -374,7 +374,6 @@ impl Writer {
                     tracing::info!("the store takes writes again");
                 }
                 self.journal.turn(self.progress.durable.load(Ordering::Acquire));
-                self.bound_wal();
             }
             Err(error) => {
                 end_if_unsafe(&error, "writing");
@@ -391,6 +390,8 @@ impl Writer {
         self.tables.unflushed.clear();
         (self.flush_at, self.rows_open) = (None, 0);
         self.progress.committed.store(number, Ordering::Release);
+        // Before the syncer is woken: of two checkpoints at once one does nothing.
+        self.bound_wal();
         // Woken already or gone at the end: both fine.
         let _ = self.wake.try_send(());
     }
@@ -489,9 +490,9 @@ impl Syncer {
                 end(&error, "writing the store");
             }
             progress.durable.fetch_max(committed, Ordering::AcqRel);
-            let backlog = checkpoint(&connection, "NOOP").map(|(pages, moved)| pages - moved.min(pages));
-            let moved = backlog.and_then(|backlog| {
-                if backlog >= WAL_BACKLOG_PAGES { checkpoint(&connection, "PASSIVE").map(drop) } else { Ok(()) }
+            let moved = checkpoint(&connection, "NOOP").and_then(|(pages, moved)| {
+                let is_due = pages >= WAL_PAGES_MAX || pages - moved.min(pages) >= WAL_BACKLOG_PAGES;
+                if is_due { checkpoint(&connection, "PASSIVE").map(drop) } else { Ok(()) }
             });
             if let Err(error) = moved {
                 end_if_unsafe(&error, "checkpointing");
