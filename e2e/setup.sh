@@ -10,6 +10,7 @@ need mosquitto mosquitto
 need mosquitto_pub mosquitto-clients
 need python3 python3
 need curl curl
+need pkill procps
 # Debian has virtual environments in a package of their own.
 python3 -c "import ensurepip" 2>/dev/null || packages+=(python3-venv)
 need npm npm

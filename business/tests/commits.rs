@@ -1,13 +1,14 @@
-//! When a core commits: what came together goes together, the first after a silence at once, the last of a shard too.
+//! When a core commits: what came together goes together, the first after a silence at once, the last of a shard too. And what it
+//! answers when it does not know what it committed.
 
 use std::time::Duration;
 
 use im_business::core::calls::{ConversationRows, StoreAnswer, StoreCall};
 use im_business::core::{Core, Input, Limits, LinkId, Now, Output};
-use im_business::store::{self, Acquired, ShardBatch, Tail};
+use im_business::store::{self, Acquired, ShardBatch, StoreError, Tail};
 use im_proto::control::{self, Command, command};
 use im_proto::ids::MemberId;
-use im_proto::link::{Body, ClientFrame, Request, Role, Send, body, client_frame};
+use im_proto::link::{Body, ClientFrame, Request, Role, Send, ServerFrame, body, client_frame, reply, server_frame};
 use prost::Message;
 
 const GATEWAY: LinkId = LinkId(1);
@@ -63,6 +64,11 @@ fn owner() -> Core {
 }
 
 fn send(core: &mut Core, now: Now, id: u64) -> Vec<(u64, Vec<ShardBatch>)> {
+    ask(core, now, id, false);
+    commits(core, now)
+}
+
+fn ask(core: &mut Core, now: Now, id: u64, again: bool) {
     let send = Send {
         conversation: "u/ann/bob".into(),
         sender: "ann".into(),
@@ -71,10 +77,27 @@ fn send(core: &mut Core, now: Now, id: u64) -> Vec<(u64, Vec<ShardBatch>)> {
         ..Send::default()
     };
     let body = Body { body: Some(body::Body::Send(send)) }.encode_to_vec().into();
-    let request = Request { id, shard: 0, epoch: 1, body, ..Request::default() };
+    let request = Request { id, shard: 0, epoch: 1, body, again, ..Request::default() };
     let frame = ClientFrame { frame: Some(client_frame::Frame::Request(request)) };
     core.handle(now, Input::Frames { link: GATEWAY, frames: vec![frame] });
-    commits(core, now)
+}
+
+/// What is answered while the store is away: the ids of the refused. Acquiring fails.
+fn refused(core: &mut Core, now: Now) -> Vec<u64> {
+    let mut refused = Vec::new();
+    for output in core.take_outputs() {
+        match output {
+            Output::Call { call, request: StoreCall::Acquire(_) } => {
+                core.handle(now, Input::Answered { call, answer: Err(StoreError::refused("connection refused")) });
+            }
+            Output::Frame { frame: ServerFrame { frame: Some(server_frame::Frame::Reply(reply)) }, .. } => {
+                assert!(matches!(reply.outcome, Some(reply::Outcome::Refused(_))), "{reply:?}");
+                refused.push(reply.id);
+            }
+            _ => {}
+        }
+    }
+    refused
 }
 
 fn stored(core: &mut Core, now: Now, call: u64) {
@@ -110,4 +133,26 @@ fn a_commit_waits_for_its_time_unless_it_is_the_last_of_a_shard() {
         Input::Answered { call: last[0].0, answer: Ok(StoreAnswer::Commit(vec![store::Outcome::Committed])) },
     );
     assert_eq!(core.held().count(), 0);
+}
+
+#[test]
+fn what_is_not_in_a_commit_of_unknown_outcome_is_refused_after_a_moment() {
+    let mut core = owner();
+    let commit = send(&mut core, at(0), 1)[0].0;
+    core.handle(at(1_000), Input::Answered { call: commit, answer: Err(StoreError::unknown("connection closed")) });
+    assert!(refused(&mut core, at(1_000)).is_empty(), "whether the first is stored, nobody knows");
+
+    ask(&mut core, at(2_000), 1, true);
+    ask(&mut core, at(2_000), 2, false);
+    core.handle(at(500_000), Input::Tick);
+    assert!(refused(&mut core, at(500_000)).is_empty(), "it may soon be over");
+    // Control misses the shard among those held.
+    let me = MemberId::new("business-0", 1).expect("a good name").to_string();
+    let row = control::ShardRow { shard: 0, epoch: 1, owner: me };
+    command(&mut core, at(900_000), command::Command::Acquire(control::Acquire { expected: vec![row] }));
+    assert!(refused(&mut core, at(900_000)).is_empty());
+    core.handle(at(1_100_000), Input::Tick);
+    assert_eq!(refused(&mut core, at(1_100_000)), [2], "what may be in the commit still waits");
+    ask(&mut core, at(1_200_000), 3, false);
+    assert_eq!(refused(&mut core, at(1_200_000)), [3]);
 }

@@ -1,6 +1,8 @@
 //! One suite for all stores, and what each of them must survive by itself.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+// The tests of the whole system use all of it.
+#[allow(dead_code)]
 #[path = "support/postgres.rs"]
 mod postgres_server;
 

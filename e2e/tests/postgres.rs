@@ -120,13 +120,22 @@ async fn postgresql_restarts_in_the_middle_of_commits() -> TestResult {
     chat.send_at(RATE, 21);
     let prober = Options::new(cluster.mqtt(), "prober", "phone");
     let mut not_stored = Vec::new();
-    // A fast shutdown ends the sessions in order; an immediate one is a crash, the next start recovers from the log.
-    for signal in ["INT", "QUIT"] {
+    // A fast shutdown ends the sessions in order; an immediate one is a crash, the next start recovers from the log. With commits in
+    // flight their outcome is unknown as long as the server is away.
+    for (round, signal, in_flight) in
+        [("in-order", "INT", false), ("crash", "QUIT", false), ("in-flight", "QUIT", true)]
+    {
         wait_more_acks(&chat, 300).await?;
         let (mut connection, _) = Connection::open(&prober, true).await?;
+        if in_flight {
+            block_in_place(|| server.freeze())?;
+            let asked = || chat.journal.with(|history| history.progress().0);
+            let before = asked();
+            eventually("commits in flight", FLOWS_WITHIN, async || (asked() > before + 50).then_some(())).await?;
+        }
         block_in_place(|| server.stop(signal))?;
         for packet_id in 1..=3 {
-            let text = format!("{signal}-{packet_id}");
+            let text = format!("{round}-{packet_id}");
             match probe(&mut connection, packet_id, &text).await? {
                 None => break,
                 Some((0x80.., None)) => return Err(format!("{text} was refused without a Reason String").into()),
@@ -139,23 +148,23 @@ async fn postgresql_restarts_in_the_middle_of_commits() -> TestResult {
                 }
             }
         }
-        let body = json!({ "to": "probed", "id": signal, "payload": format!("HTTP-{signal}") });
+        let body = json!({ "to": "probed", "id": round, "payload": format!("HTTP-{round}") });
         let sender = Credential::Insecure("prober".to_owned());
         match cluster.api().request(Method::POST, "/v1/messages", &sender, Some(&body)).await {
             Err(ApiError::Problem { status, is_problem_document: true, .. }) if status == 503 => {
-                not_stored.push(format!("HTTP-{signal}"));
+                not_stored.push(format!("HTTP-{round}"));
             }
             other => return Err(format!("over HTTP, instead of a problem document with 503: {other:?}").into()),
         }
         // Nobody new gets in: the row of his session could not be written.
-        match Connection::open(&Options::new(cluster.mqtt(), format!("new.{signal}"), "phone"), false).await {
+        match Connection::open(&Options::new(cluster.mqtt(), format!("new.{round}"), "phone"), false).await {
             Err(ClientError::Refused { code: 0x88, .. }) => {}
             other => return Err(format!("a login, while no session can be stored: {other:?}").into()),
         }
         block_in_place(|| server.run())?;
         let start = Instant::now();
         time_until_all_are_acked(&chat).await?;
-        println!("{signal}: all conversations are acknowledged {:?} after PostgreSQL is back", start.elapsed());
+        println!("{round}: all conversations are acknowledged {:?} after PostgreSQL is back", start.elapsed());
     }
     wait_more_acks(&chat, 300).await?;
     assert!(not_stored.len() > 2, "nothing was refused while PostgreSQL was down: nothing was tested");

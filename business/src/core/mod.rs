@@ -629,12 +629,8 @@ impl Core {
                     self.env.outputs.push(Output::CloseLink(link));
                 }
             }
-            // What was asked of an owner that does not know what it stored is sent again once it does; while the store is away for long,
-            // new requests are refused.
             Some(Slot::Acquiring(acquiring)) if acquiring.recovering == Some(epoch) => {
-                if !again && self.env.now.mono > acquiring.since + ownership::RECOVERY_SILENCE {
-                    self.env.refuse(to, Refusal::StoreUnavailable, "the store does not answer");
-                }
+                acquiring.ask_recovering(&mut self.env, to);
             }
             _ => {
                 let outcome = moved("");

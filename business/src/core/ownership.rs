@@ -10,7 +10,7 @@ use im_proto::router::{self, Router};
 
 use super::calls::{StoreAnswer, StoreCall};
 use super::log::OwnedShard;
-use super::{Asked, Context, Core, LinkId, Output, owned_at};
+use super::{Asked, Context, Core, Env, LinkId, Output, ReplyTo, owned_at};
 use crate::store::{Acquired, Claim, Outcome, Released, ShardRow, StoreError};
 
 /// An owner that the store has not confirmed for so long answers nothing until it has.
@@ -21,8 +21,8 @@ const REFUSED_FOR: Duration = Duration::from_secs(10);
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How often control hears what is held.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
-/// How long after an unknown outcome nothing is answered at all.
-pub(super) const RECOVERY_SILENCE: Duration = Duration::from_secs(1);
+/// How long after an unknown outcome new requests wait for it, rather than being refused.
+const RECOVERY_SILENCE: Duration = Duration::from_secs(1);
 /// Pause before a store that failed is asked again.
 pub(super) const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How often caches are swept and averages taken.
@@ -42,16 +42,48 @@ pub(super) enum Slot {
 #[derive(Debug)]
 pub(super) struct Acquiring {
     claim: Claim,
-    pub(super) since: Duration,
+    since: Duration,
     /// The epoch that we held and whose last commit has an unknown outcome.
     pub(super) recovering: Option<u64>,
     /// Ask (again) at this time; `None` while asked.
     ask_at: Option<Duration>,
     /// Requests of those who learnt from the store's row, by way of the map, that we own it before its answer reached us.
     pub(super) early: Vec<(LinkId, Asked)>,
+    /// First sightings of requests to the epoch with the unknown outcome: none of them is in that commit, so they may be refused.
+    unasked: Vec<ReplyTo>,
 }
 
 impl Acquiring {
+    fn new(claim: Claim, recovering: Option<u64>, now: Duration) -> Self {
+        Self { claim, since: now, recovering, ask_at: Some(now), early: Vec::new(), unasked: Vec::new() }
+    }
+
+    /// A request to the epoch whose last commit has an unknown outcome. What went out before may be in that commit: it is sent again
+    /// once the outcome is known. The rest waits for a short recovery, and is refused while the store is away for longer.
+    pub(super) fn ask_recovering(&mut self, env: &mut Env, to: ReplyTo) {
+        if to.again {
+            return;
+        }
+        self.unasked.push(to);
+        if self.unasked.len() > env.limits.shard_ops_max {
+            self.refuse_unasked(env);
+        } else {
+            self.tick(env);
+        }
+    }
+
+    fn tick(&mut self, env: &mut Env) {
+        if env.now.mono >= self.since + RECOVERY_SILENCE {
+            self.refuse_unasked(env);
+        }
+    }
+
+    fn refuse_unasked(&mut self, env: &mut Env) {
+        for to in self.unasked.drain(..) {
+            env.refuse(to, Refusal::StoreUnavailable, "the store does not answer");
+        }
+    }
+
     /// Whether this may be the epoch that we have already won.
     pub(super) fn may_be_won(&self, epoch: u64) -> bool {
         epoch > self.claim.expected_epoch
@@ -185,16 +217,17 @@ impl Core {
     }
 
     fn want(&mut self, claim: Claim, recovering: Option<u64>) {
-        let since = self.env.now.mono;
-        match self.slots.get(&claim.shard) {
+        let now = self.env.now.mono;
+        match self.slots.get_mut(&claim.shard) {
             Some(Slot::Owned(_)) if recovering.is_none() => {}
-            Some(Slot::Acquiring(acquiring)) if acquiring.ask_at.is_none() => {}
+            // Whoever waits for it goes on waiting, whatever it takes to get it.
+            Some(Slot::Acquiring(acquiring)) => {
+                if acquiring.ask_at.is_some() {
+                    (acquiring.claim, acquiring.ask_at) = (claim, Some(now));
+                }
+            }
             _ => {
-                let shard = claim.shard;
-                self.slots.insert(
-                    shard,
-                    Slot::Acquiring(Acquiring { claim, since, recovering, ask_at: Some(since), early: Vec::new() }),
-                );
+                self.slots.insert(claim.shard, Slot::Acquiring(Acquiring::new(claim, recovering, now)));
             }
         }
     }
@@ -468,8 +501,10 @@ impl Core {
         self.release_what_is_empty();
         self.gateways_gone();
         for slot in self.slots.values_mut() {
-            if let Slot::Owned(owned) = slot {
-                owned.tick(&mut self.env);
+            match slot {
+                Slot::Owned(owned) => owned.tick(&mut self.env),
+                Slot::Acquiring(acquiring) => acquiring.tick(&mut self.env),
+                Slot::Vacant => {}
             }
         }
         if now >= self.next.check && !self.next.checking {

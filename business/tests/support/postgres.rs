@@ -56,11 +56,20 @@ impl PostgresServer {
         url_at(self.port)
     }
 
+    /// Stops the processes that serve connections: what is asked of them stays in flight until [`Self::stop`], which ends them so.
+    pub fn freeze(&self) -> Result<(), String> {
+        let Some(running) = &self.running else { return Err("PostgreSQL does not run".to_owned()) };
+        run(Command::new("pkill").args(["-STOP", "-P", &running.pid.to_string()]))
+    }
+
     /// Ends the server: `signal` is INT (a fast shutdown: connections are ended) or QUIT (at once, as a crash). [`Self::run`] starts it
     /// again on the same data and port.
     pub fn stop(&mut self, signal: &str) -> Result<(), String> {
         let Some(running) = self.running.take() else { return Ok(()) };
-        run(Command::new("kill").arg(format!("-{signal}")).arg(running.pid.to_string()))?;
+        let pid = running.pid.to_string();
+        run(Command::new("kill").arg(format!("-{signal}")).arg(&pid))?;
+        // The frozen hear of the end only once they go on. There may be none left.
+        let _ = run(Command::new("pkill").args(["-CONT", "-P", &pid]));
         running.keeper.join().map_err(|_| "the thread that keeps PostgreSQL panicked".to_owned())
     }
 
