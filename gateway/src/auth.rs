@@ -10,8 +10,8 @@ use serde::Deserialize;
 
 use crate::config::AuthConfig;
 use crate::mqtt::Reason;
-use crate::reload::Reloaded;
 use crate::session::{ConnectRefused, Identity};
+use im_proto::reload::Reloaded;
 
 /// Why authentication can't be set up.
 #[derive(Debug, thiserror::Error)]

@@ -14,6 +14,5 @@ pub mod listen;
 pub mod member;
 pub mod metrics;
 pub mod mqtt;
-pub mod reload;
 pub mod run;
 pub mod session;

@@ -24,7 +24,7 @@ use crate::auth::Auth;
 use crate::config::{Limits, TlsListen};
 use crate::connection::{Tcp, WebSocket, handshake};
 use crate::hub::Hub;
-use crate::reload::Reloaded;
+use im_proto::reload::Reloaded;
 
 const BACKLOG: i32 = 4_096;
 /// Pause after an accept that failed for want of something (file descriptors).

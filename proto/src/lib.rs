@@ -8,6 +8,7 @@ pub mod dial;
 pub mod ids;
 pub mod links;
 pub mod process;
+pub mod reload;
 pub mod router;
 pub mod token;
 pub mod topic;

@@ -7,13 +7,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
 
-/// How old what is known of the file may be.
-const READ_AGAIN: Duration = Duration::from_secs(5);
+use crate::reload::Reloaded;
 
 /// Tokens of which the first is presented and each is accepted.
 #[derive(Clone, PartialEq, Eq)]
@@ -77,30 +74,23 @@ pub enum TokenError {
 
 /// What a process presents and accepts; clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct SharedToken(Option<Arc<Shared>>);
-
-#[derive(Debug)]
-struct Shared {
-    file: Option<PathBuf>,
-    known: Mutex<Known>,
-}
+pub struct SharedToken(Option<Arc<Reloaded<Arc<Known>>>>);
 
 #[derive(Debug)]
 struct Known {
     tokens: Tokens,
     bearer: MetadataValue<Ascii>,
-    looked_at: Instant,
 }
 
 impl Known {
-    fn new(tokens: Tokens) -> Result<Self, TokenError> {
-        Ok(Self { bearer: tokens.bearer()?, tokens, looked_at: Instant::now() })
+    fn new(text: &str) -> Result<Arc<Self>, TokenError> {
+        let tokens = Tokens::parse(text).ok_or(TokenError::Empty)?;
+        Ok(Arc::new(Self { bearer: tokens.bearer()?, tokens }))
     }
 
-    fn read(path: &Path) -> Result<Self, TokenError> {
+    fn read(path: &Path) -> Result<Arc<Self>, TokenError> {
         let text = std::fs::read_to_string(path);
-        let text = text.map_err(|source| TokenError::Read { path: path.to_owned(), source })?;
-        Self::new(Tokens::parse(&text).ok_or(TokenError::Empty)?)
+        Self::new(&text.map_err(|source| TokenError::Read { path: path.to_owned(), source })?)
     }
 }
 
@@ -115,8 +105,8 @@ impl SharedToken {
     /// # Errors
     /// [`TokenError::Empty`], [`TokenError::Unprintable`].
     pub fn fixed(token: &str) -> Result<Self, TokenError> {
-        let known = Mutex::new(Known::new(Tokens::parse(token).ok_or(TokenError::Empty)?)?);
-        Ok(Self(Some(Arc::new(Shared { file: None, known }))))
+        let token = token.to_owned();
+        Ok(Self(Some(Arc::new(Reloaded::new(&[], move || Known::new(&token))?))))
     }
 
     /// The tokens of a file. What can't be used later leaves what was known.
@@ -124,44 +114,27 @@ impl SharedToken {
     /// # Errors
     /// [`TokenError`].
     pub fn file(path: &Path) -> Result<Self, TokenError> {
-        let known = Mutex::new(Known::read(path)?);
-        Ok(Self(Some(Arc::new(Shared { file: Some(path.to_owned()), known }))))
+        let file = path.to_owned();
+        Ok(Self(Some(Arc::new(Reloaded::new(&[path], move || Known::read(&file))?))))
     }
 
     /// What to present now, as the value of `authorization`; `None` = nothing.
     pub fn bearer(&self) -> Option<MetadataValue<Ascii>> {
-        self.known(Instant::now(), |known| known.bearer.clone())
+        self.0.as_ref().map(|known| known.get().bearer.clone())
     }
 
     /// Whether whoever sent that is let in now.
     pub fn admits(&self, metadata: &MetadataMap) -> bool {
-        let accepts = |known: &Known| bearer_of(metadata).is_some_and(|presented| known.tokens.accept(presented));
-        self.known(Instant::now(), accepts).unwrap_or(true)
-    }
-
-    fn known<T>(&self, now: Instant, use_it: impl FnOnce(&Known) -> T) -> Option<T> {
-        let shared = self.0.as_ref()?;
-        let mut known = shared.known.lock();
-        if let Some(file) = &shared.file
-            && now.saturating_duration_since(known.looked_at) >= READ_AGAIN
-        {
-            match Known::read(file) {
-                Ok(read) => {
-                    if read.tokens != known.tokens {
-                        tracing::info!(file = %file.display(), tokens = read.tokens.0.len(), "the tokens changed");
-                    }
-                    *known = read;
-                }
-                Err(error) => tracing::warn!(%error, "the tokens known before stay in force"),
-            }
-            known.looked_at = now;
-        }
-        Some(use_it(&known))
+        let Some(known) = &self.0 else { return true };
+        bearer_of(metadata).is_some_and(|presented| known.get().tokens.accept(presented))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::time::{Duration, Instant, SystemTime};
+
     use super::*;
 
     fn metadata(token: &str) -> MetadataMap {
@@ -196,34 +169,44 @@ mod tests {
     #[test]
     fn an_exchange_in_three_steps_shuts_nobody_out() {
         let path = std::env::temp_dir().join(format!("im-token-{}", std::process::id()));
-        let write = |text: &str| std::fs::write(&path, text).expect("a writable temporary folder");
+        let began = SystemTime::now();
+        let writes = Cell::new(0);
+        let write = |text: &str| {
+            writes.set(writes.get() + 1);
+            std::fs::write(&path, text).expect("a writable temporary folder");
+            // Two writes may share a tick of the file system's clock.
+            let file = std::fs::File::options().write(true).open(&path).expect("it is there");
+            file.set_modified(began + Duration::from_secs(writes.get())).expect("its owner");
+        };
         write("old");
         let one = SharedToken::file(&path).expect("a token");
         let other = SharedToken::file(&path).expect("a token");
         let mut now = Instant::now();
-        let presents = |who: &SharedToken, now| who.known(now, |known| known.tokens.0[0].clone()).expect("a token");
-        let accepts = |who: &SharedToken, token: &str, now| who.known(now, |known| known.tokens.accept(token));
+        let known = |who: &SharedToken, now| who.0.as_ref().expect("there are tokens").at(now);
+        let presents = |who: &SharedToken, now| known(who, now).tokens.0[0].clone();
+        let accepts = |who: &SharedToken, token: &str, now| known(who, now).tokens.accept(token);
         let talk = |now| {
-            assert_eq!(accepts(&other, &presents(&one, now), now), Some(true));
-            assert_eq!(accepts(&one, &presents(&other, now), now), Some(true));
+            assert!(accepts(&other, &presents(&one, now), now));
+            assert!(accepts(&one, &presents(&other, now), now));
         };
+        let later = Duration::from_secs(10);
         for (step, presented) in [("old\nnew\n", "old"), ("new\nold", "new"), ("new", "new")] {
             write(step);
             // One reads it now, the other still knows what it read before.
-            now += READ_AGAIN * 2;
+            now += later;
             presents(&one, now);
-            talk(now - READ_AGAIN - Duration::from_secs(1));
+            talk(now - later);
             talk(now);
             assert_eq!(presents(&one, now), presented);
         }
-        assert_eq!(accepts(&one, "old", now), Some(false));
+        assert!(!accepts(&one, "old", now));
         for broken in ["", "\n"] {
             write(broken);
-            now += READ_AGAIN * 2;
+            now += later;
             talk(now);
         }
         std::fs::remove_file(&path).expect("it is there");
-        now += READ_AGAIN * 2;
+        now += later;
         talk(now);
         assert!(matches!(SharedToken::file(&path), Err(TokenError::Read { .. })));
     }

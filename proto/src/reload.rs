@@ -1,14 +1,13 @@
-//! Values made of files (keys, certificates, tokens), made again when a file changes: nobody has to restart a gateway for them, which
-//! would end its connections.
+//! Values made of files (keys, certificates, tokens), made again when a file changes: nobody has to restart a process for them.
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 
 /// How often the files are looked at for a change, at most.
-pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A value, and how it is made of its files. Cloning `T` has to be cheap.
 pub struct Reloaded<T> {
@@ -20,7 +19,14 @@ pub struct Reloaded<T> {
 struct State<T> {
     value: T,
     modified: Vec<Option<SystemTime>>,
-    looked: Instant,
+    /// `None`: to be looked at by the next call.
+    looked: Option<Instant>,
+}
+
+impl<T: fmt::Debug> fmt::Debug for Reloaded<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reloaded").field("files", &self.files).field("value", &self.state.lock().value).finish()
+    }
 }
 
 impl<T: Clone> Reloaded<T> {
@@ -35,7 +41,7 @@ impl<T: Clone> Reloaded<T> {
         let files: Vec<PathBuf> = files.iter().map(|file| (*file).to_owned()).collect();
         // Looked at before they are read: what changes in between is read once more.
         let modified = times(&files);
-        let state = Mutex::new(State { value: make()?, modified, looked: Instant::now() });
+        let state = Mutex::new(State { value: make()?, modified, looked: Some(Instant::now()) });
         Ok(Self { files, make: Box::new(move || make().map_err(|error| error.to_string())), state })
     }
 
@@ -44,18 +50,17 @@ impl<T: Clone> Reloaded<T> {
         self.at(Instant::now())
     }
 
-    /// Has the next look come at once, and find a change.
-    #[cfg(test)]
-    pub(crate) fn look_again(&self) {
+    /// Has the next call make the value again, whatever is known of the files.
+    pub fn look_again(&self) {
         let mut state = self.state.lock();
         state.modified.clear();
-        state.looked = Instant::now().checked_sub(LOOK_INTERVAL).expect("the machine is up for a second");
+        state.looked = None;
     }
 
-    fn at(&self, now: Instant) -> T {
+    pub(crate) fn at(&self, now: Instant) -> T {
         let mut state = self.state.lock();
-        if now.saturating_duration_since(state.looked) >= LOOK_INTERVAL {
-            state.looked = now;
+        if state.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= LOOK_INTERVAL) {
+            state.looked = Some(now);
             let modified = times(&self.files);
             if modified != state.modified {
                 state.modified = modified;
