@@ -12,7 +12,7 @@ use bytes::Bytes;
 use harness::{connect, shared};
 use im_gateway::mqtt::{Connect, Packet, Publish, Reason, Subscribe, Version, Will};
 use im_gateway::session::{
-    Answer, Counter, Effects, End, Identity, OpenBatch, RoomEffect, RoomPart, Session, SessionRequest, Shared,
+    Answer, Counter, Effects, End, Identity, RoomEffect, RoomPart, Session, SessionRequest, Shared, Window,
 };
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
@@ -387,12 +387,12 @@ fn a_session_enters_counts_and_leaves() {
 #[test]
 fn a_batch_goes_to_the_socket_when_nothing_waits_before_it() {
     let batch = |sizes: &[usize]| {
-        let mut open = OpenBatch::default();
+        let mut window = Window::default();
         for (index, size) in sizes.iter().enumerate() {
             let payload = vec![b'x'; *size].into();
-            open.push(&RoomMessage { room: "r".into(), number: index as u64 + 1, payload, ..RoomMessage::default() });
+            window.push(&RoomMessage { room: "r".into(), number: index as u64 + 1, payload, ..RoomMessage::default() });
         }
-        open.seal()
+        window.cut(0)
     };
     for version in [Version::V5, Version::V311] {
         let mut driven = Driven::live(version);
@@ -517,9 +517,9 @@ fn who_does_not_read_holds_up_only_himself_and_loses_no_chat() {
     assert!(driven.effects.requests.is_empty(), "nothing is fetched that can't be sent");
     assert_eq!(driven.shared.metrics.delivered.get(), 3);
     assert_eq!(driven.shared.metrics.send_buffer_full.get(), 37);
-    let mut batch = OpenBatch::default();
-    batch.push(&RoomMessage { room: "r".into(), ..RoomMessage::default() });
-    let sent = driven.session.on_room_batch(&batch.seal(), |_| panic!("chat waits before it"));
+    let mut window = Window::default();
+    window.push(&RoomMessage { room: "r".into(), ..RoomMessage::default() });
+    let sent = driven.session.on_room_batch(&window.cut(0), |_| panic!("chat waits before it"));
     assert_eq!((sent.delivered, sent.lost), (0, 1), "a room's message is lost");
     assert!(driven.session.wants_input(), "he is still heard and answered");
     for _ in 0..buffered {

@@ -16,6 +16,14 @@ pub mod topic;
 /// Gateway ↔ business and business ↔ business.
 pub mod link {
     tonic::include_proto!("im.link.v1");
+
+    impl RoomMessage {
+        /// What it counts, in bytes, of what an owner lets a gateway have in hand; both sides count the same.
+        pub fn bytes_in_hand(&self) -> u64 {
+            const BESIDES_PAYLOAD: u64 = 64;
+            self.payload.len() as u64 + BESIDES_PAYLOAD
+        }
+    }
 }
 
 /// Members ↔ the control service.

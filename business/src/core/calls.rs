@@ -198,7 +198,12 @@ async fn all_items(store: &dyn Store, shard: u32, prefix: String) -> Result<Vec<
         let after = all.last().map(|(key, _)| format!("{prefix}{key}"));
         let page = store.items(shard, prefix.clone(), after, PAGE).await?;
         let last = page.is_empty();
-        all.extend(page.into_iter().map(|(key, value)| (key[prefix.len()..].to_owned(), value)));
+        for (key, value) in page {
+            let Some(rest) = key.strip_prefix(&prefix) else {
+                return Err(StoreError::unknown(format_args!("the store answers {prefix} with {key}")));
+            };
+            all.push((rest.to_owned(), value));
+        }
         // An answer may end early by size: only an empty one is the end; a short first page of a few items is, too.
         if last || (all.len() < PAGE as usize && all.iter().map(|(_, value)| value.len()).sum::<usize>() < 1 << 20) {
             return Ok(all);

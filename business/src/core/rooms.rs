@@ -27,8 +27,6 @@ use crate::store::{Put, StoreError};
 /// Bytes of one room's messages that a gateway may have in hand. Past it the gateway loses messages; when every gateway is past it, the
 /// publishers are refused for now.
 const WINDOW_BYTES: u64 = 256 << 10;
-/// What a message counts besides its payload.
-const MESSAGE_OVERHEAD_BYTES: u64 = 64;
 /// Payload bytes of the messages kept for late comers.
 const HISTORY_BYTES_MAX: usize = 64 << 10;
 /// Different counters of one room: its likes and gifts.
@@ -426,7 +424,7 @@ impl OwnedShard {
         let RoomPublish { room: name, sender, device, payload } = publish;
         let message = RoomMessage { room: name, sender, device, payload, number: room.number };
         room.keep(&message, env.limits.room_history);
-        let bytes = message.payload.len() as u64 + MESSAGE_OVERHEAD_BYTES;
+        let bytes = message.bytes_in_hand();
         self.load_count += 1;
         for (link, gateway) in &mut room.gateways {
             if !(has_space(gateway) || to.again) {

@@ -1,8 +1,9 @@
 //! Live rooms: fan-out at the speed of the wire, and counting.
 //!
-//! What comes from the owner is encoded once and joined into batches: at once when the room was quiet, else at most one batch within
-//! `coalesce`. A batch costs each viewer one lock and one `write`, made by the room's own task; the connection's task is woken only for
-//! what the socket did not take. The task pauses after some viewers, so that a room of many holds up no other.
+//! What comes from the owner is encoded once. The room's own task goes round its viewers as long as there is something: at once when the
+//! room was quiet, else a round begins at most once within `coalesce`. Each viewer is sent all that came since the task was with him
+//! last, so a message waits for one round at most; it costs him one lock and one `write`, and the connection's task is woken only for what
+//! the socket did not take. The task pauses after some viewers, so that a room of many holds up no other.
 //!
 //! Messages in hand are bounded by the owner, which is told when they have gone out ([`RoomTook`]): a publisher that is faster than the
 //! wire is refused there.
@@ -24,14 +25,12 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::{Connection, Hub, Token};
-use crate::session::{Answer, Batch, Counter, OpenBatch, RoomPart, Sent};
+use crate::session::{Answer, Batch, Counter, RoomPart, Sent, Window};
 
 /// Viewers served before others have their turn.
 const VIEWERS_PER_TURN: usize = 64;
-/// Bytes of one room that wait for its next batch. The owner keeps to less.
+/// Bytes of one room that not every viewer was sent. The owner keeps to less.
 const PENDING_BYTES_MAX: usize = 1 << 20;
-/// What a message counts besides its payload when the owner is told that it went out.
-const MESSAGE_OVERHEAD_BYTES: u64 = 64;
 /// The owner is told at the latest when so many bytes have gone out, a sixteenth of what may be in hand.
 const TOLD_BYTES_MAX: u64 = 16 << 10;
 /// Different counters of a room in one interval.
@@ -90,8 +89,8 @@ pub(super) struct Room {
 #[derive(Debug)]
 struct Viewer {
     connection: Arc<Connection>,
-    /// The number of batches taken when he entered: he gets later ones.
-    since: u64,
+    /// Number of the first message (or statistics) that he was not sent.
+    next: u64,
 }
 
 #[derive(Debug, Default)]
@@ -103,19 +102,24 @@ struct RoomState {
     joining: bool,
     waiting: Vec<(Arc<Connection>, RoomPart, u32)>,
 
-    /// The next batch, its messages (if there is a history), and for whom it counts how much.
-    open: OpenBatch,
-    open_messages: Vec<RoomMessage>,
+    /// What not every viewer was sent, and the number of its first message, counted here.
+    window: Window,
+    window_from: u64,
+    /// For whom what came since the last round counts, and how much.
     in_hand: Option<(MemberId, u64)>,
-    batches: u64,
-    /// A task sends batches.
+    /// A task goes round.
     is_sending: bool,
 
+    /// Messages of the window that are not in the history yet (if there is one): who enters is sent those and later ones.
+    unshown: Vec<RoomMessage>,
+    shown: u64,
     history_max: usize,
     history: VecDeque<RoomMessage>,
     /// `history`, encoded.
     welcome: Option<Arc<Batch>>,
     stats: Option<Arc<Batch>>,
+    /// How many statistics there were.
+    stats_count: u64,
     stats_waits: bool,
     /// Who is kept out, until when (Unix milliseconds).
     kicked: HashMap<String, i64>,
@@ -135,12 +139,20 @@ pub(super) enum Entering {
     KeptOut,
 }
 
-/// One round of sending.
+/// One round of the sending task.
+#[derive(Debug, PartialEq, Eq)]
 struct Round {
-    batch: Option<Batch>,
-    stats: Option<Arc<Batch>>,
-    number: u64,
+    parts: [bool; 2],
+    /// At its end everybody was sent the messages before this one.
+    through: u64,
     in_hand: Option<(MemberId, u64)>,
+}
+
+/// Some viewers of a round, and what they are sent: each the batch of that index.
+#[derive(Default)]
+struct Turn {
+    viewers: Vec<(Arc<Connection>, usize)>,
+    batches: Vec<(u64, Arc<Batch>)>,
 }
 
 impl Rooms {
@@ -184,44 +196,83 @@ impl RoomState {
             RoomPart::Messages => {
                 let history = &self.history;
                 let encode = || {
-                    let mut open = OpenBatch::default();
-                    history.iter().for_each(|message| open.push(message));
-                    Arc::new(open.seal())
+                    let mut window = Window::default();
+                    history.iter().for_each(|message| window.push(message));
+                    Arc::new(window.cut(0))
                 };
                 Some(self.welcome.get_or_insert_with(encode).clone())
             }
         }
     }
 
-    /// What is to be sent now; with nothing, the task ends.
-    fn next_round(&mut self) -> Option<Round> {
-        let stats = if std::mem::take(&mut self.stats_waits) { self.stats.clone() } else { None };
-        if self.open.is_empty() && stats.is_none() {
-            self.is_sending = false;
-            return None;
+    /// Number of the next message (or statistics).
+    fn end(&self, part: RoomPart) -> u64 {
+        match part {
+            RoomPart::Messages => self.window_from + self.window.len(),
+            RoomPart::Stats => self.stats_count,
         }
-        let batch = (!self.open.is_empty()).then(|| std::mem::take(&mut self.open).seal());
-        if !self.open_messages.is_empty() {
-            self.history.extend(self.open_messages.drain(..));
+    }
+
+    /// Where somebody who enters begins: behind what he is welcomed with.
+    fn place(&self, part: RoomPart) -> u64 {
+        match part {
+            RoomPart::Messages => self.shown,
+            RoomPart::Stats => self.stats_count,
+        }
+    }
+
+    /// Puts what was sent to somebody into the history.
+    fn show(&mut self) {
+        self.shown = self.end(RoomPart::Messages);
+        if !self.unshown.is_empty() {
+            self.history.extend(self.unshown.drain(..));
             let surplus = self.history.len().saturating_sub(self.history_max);
             self.history.drain(..surplus);
             self.welcome = None;
         }
-        let number = self.batches;
-        self.batches += 1;
-        Some(Round { batch, stats, number, in_hand: self.in_hand.take() })
     }
 
-    /// The next viewers of a round, from this slot on. Says where to go on.
-    fn some_viewers(&mut self, part: RoomPart, from: u32, round: u64, into: &mut Vec<Arc<Connection>>) -> Option<u32> {
-        let viewers = self.part(part);
-        let mut turn = viewers.range(from..);
-        for (slot, viewer) in turn.by_ref() {
-            // Who entered after the batch was taken has it from the history, if at all.
-            if viewer.since <= round {
-                into.push(viewer.connection.clone());
-            }
-            if into.len() == VIEWERS_PER_TURN {
+    /// What is to be sent now; with nothing, the task ends.
+    fn begin_round(&mut self) -> Option<Round> {
+        let parts = [!self.window.is_empty(), std::mem::take(&mut self.stats_waits)];
+        if !parts.contains(&true) {
+            self.is_sending = false;
+            return None;
+        }
+        self.show();
+        Some(Round { parts, through: self.shown, in_hand: self.in_hand.take() })
+    }
+
+    fn end_round(&mut self, round: &Round) {
+        self.window.forget(round.through.saturating_sub(self.window_from));
+        self.window_from = round.through;
+    }
+
+    /// The next viewers who were not sent everything, from this slot on. Says where to go on.
+    fn take_turn(&mut self, part: RoomPart, from: u32, turn: &mut Turn) -> Option<u32> {
+        if part == RoomPart::Messages {
+            self.show();
+        }
+        let end = self.end(part);
+        let Self { viewers, watchers, window, window_from, stats, .. } = self;
+        let viewers = match part {
+            RoomPart::Messages => viewers,
+            RoomPart::Stats => watchers,
+        };
+        for (slot, viewer) in viewers.range_mut(from..).filter(|(_, viewer)| viewer.next < end) {
+            let next = std::mem::replace(&mut viewer.next, end);
+            // Most of them were sent the same so far.
+            let known = turn.batches.iter().position(|(from, _)| *from == next);
+            let index = known.unwrap_or_else(|| {
+                let batch = match part {
+                    RoomPart::Messages => Arc::new(window.cut(next.saturating_sub(*window_from))),
+                    RoomPart::Stats => stats.clone().unwrap_or_default(),
+                };
+                turn.batches.push((next, batch));
+                turn.batches.len() - 1
+            });
+            turn.viewers.push((viewer.connection.clone(), index));
+            if turn.viewers.len() == VIEWERS_PER_TURN {
                 return slot.checked_add(1);
             }
         }
@@ -248,9 +299,9 @@ fn stats_batch(stats: &RoomStats) -> Arc<Batch> {
     let gift = |total: &Count| Some((total.name.strip_prefix("gift/")?.to_owned(), total.count.into()));
     let gifts: serde_json::Map<String, serde_json::Value> = stats.totals.iter().filter_map(gift).collect();
     let payload = serde_json::json!({ "viewers": stats.viewers, "likes": likes, "gifts": gifts }).to_string().into();
-    let mut open = OpenBatch::default();
-    open.push_below(&stats.room, "stats", &payload);
-    Arc::new(open.seal())
+    let mut window = Window::default();
+    window.push_below(&stats.room, "stats", &payload);
+    Arc::new(window.cut(0))
 }
 
 impl Hub {
@@ -270,7 +321,7 @@ impl Hub {
         if state.is_kept_out(user) {
             return (room.name.clone(), Entering::KeptOut);
         }
-        let viewer = Viewer { connection: connection.clone(), since: state.batches };
+        let viewer = Viewer { connection: connection.clone(), next: state.place(part) };
         state.part(part).insert(connection.slot(), viewer);
         if state.joined {
             return (room.name.clone(), Entering::In(state.welcome(part)));
@@ -387,21 +438,21 @@ impl Hub {
 
     // ---- fan-out ------------------------------------------------------------------------------------------------------
 
-    /// A message from the owner, for the next batch.
+    /// A message from the owner.
     pub(super) fn on_room_message(self: &Arc<Self>, owner: &MemberId, message: RoomMessage) {
         let Some(room) = self.rooms.get(&message.room) else { return };
         let mut state = room.state.lock();
-        let bytes = message.payload.len() as u64 + MESSAGE_OVERHEAD_BYTES;
+        let bytes = message.bytes_in_hand();
         match &mut state.in_hand {
             Some((from, in_hand)) if from == owner => *in_hand += bytes,
             in_hand => *in_hand = Some((owner.clone(), bytes)),
         }
-        if state.open.bytes() >= PENDING_BYTES_MAX {
+        if state.window.bytes() >= PENDING_BYTES_MAX {
             self.shared.metrics.room_dropped.inc_by(state.viewers.len() as u64);
         } else {
-            state.open.push(&message);
+            state.window.push(&message);
             if state.history_max > 0 {
-                state.open_messages.push(message);
+                state.unshown.push(message);
             }
         }
         self.start_sending(&room, &mut state);
@@ -412,6 +463,7 @@ impl Hub {
         let Some(room) = self.rooms.get(&stats.room) else { return };
         let mut state = room.state.lock();
         state.stats = Some(stats_batch(stats));
+        state.stats_count += 1;
         if !state.watchers.is_empty() {
             state.stats_waits = true;
             self.start_sending(&room, &mut state);
@@ -420,22 +472,22 @@ impl Hub {
 
     fn start_sending(self: &Arc<Self>, room: &Arc<Room>, state: &mut RoomState) {
         if !std::mem::replace(&mut state.is_sending, true) {
-            tokio::spawn(self.clone().send_batches(room.clone()));
+            tokio::spawn(self.clone().go_round(room.clone()));
         }
     }
 
-    /// Sends a room's batches until there are none for the time of one.
-    async fn send_batches(self: Arc<Self>, room: Arc<Room>) {
+    /// Goes round a room's viewers until there is nothing for the time of a round.
+    async fn go_round(self: Arc<Self>, room: Arc<Room>) {
         let mut gone_out: Option<(MemberId, u64)> = None;
         loop {
             let began = Instant::now();
-            let Some(round) = room.state.lock().next_round() else { break };
-            if let Some(batch) = &round.batch {
-                self.send_to_all(&room, RoomPart::Messages, round.number, batch).await;
+            let Some(round) = room.state.lock().begin_round() else { break };
+            for (part, is_due) in [RoomPart::Messages, RoomPart::Stats].into_iter().zip(round.parts) {
+                if is_due {
+                    self.send_to_all(&room, part).await;
+                }
             }
-            if let Some(stats) = &round.stats {
-                self.send_to_all(&room, RoomPart::Stats, round.number, stats).await;
-            }
+            room.state.lock().end_round(&round);
             if let Some((owner, bytes)) = round.in_hand {
                 match &mut gone_out {
                     Some((told, sum)) if *told == owner => *sum += bytes,
@@ -461,18 +513,19 @@ impl Hub {
         }
     }
 
-    /// Sends a batch to all, in turns; what became of it is counted after each.
-    async fn send_to_all(&self, room: &Room, part: RoomPart, round: u64, batch: &Batch) {
-        let mut turn = Vec::with_capacity(VIEWERS_PER_TURN);
+    /// Sends everybody what he was not sent, in turns; what became of it is counted after each.
+    async fn send_to_all(&self, room: &Room, part: RoomPart) {
+        let mut turn = Turn::default();
         let mut next = Some(0);
         while let Some(from) = next {
-            next = room.state.lock().some_viewers(part, from, round, &mut turn);
+            next = room.state.lock().take_turn(part, from, &mut turn);
             let mut sent = Sent::default();
-            for connection in turn.drain(..) {
-                let one = connection.send_batch(batch);
+            for (connection, index) in turn.viewers.drain(..) {
+                let one = connection.send_batch(&turn.batches[index].1);
                 sent.delivered += one.delivered;
                 sent.lost += one.lost;
             }
+            turn.batches.clear();
             self.shared.metrics.delivered.inc_by(sent.delivered);
             self.shared.metrics.room_dropped.inc_by(sent.lost);
             if next.is_some() {
@@ -612,28 +665,40 @@ mod tests {
     }
 
     #[test]
-    fn what_came_since_the_last_round_goes_together_and_into_the_history() {
-        let mut state = RoomState { history_max: 2, ..RoomState::default() };
-        for number in 1..=3 {
-            state.open.push(&message(number));
-            state.open_messages.push(message(number));
-        }
+    fn what_a_round_sends_is_forgotten_at_its_end_and_is_history_from_its_begin() {
+        let mut state = RoomState { history_max: 2, is_sending: true, ..RoomState::default() };
+        let push = |state: &mut RoomState, number| {
+            state.window.push(&message(number));
+            state.unshown.push(message(number));
+        };
+        (1..=3).for_each(|number| push(&mut state, number));
         assert!(state.welcome(RoomPart::Messages).is_none(), "what is still to be sent is no history");
-        let round = state.next_round().expect("three messages");
-        assert_eq!((round.number, round.batch.map(|batch| batch.len())), (0, Some(3)));
+        assert_eq!(state.place(RoomPart::Messages), 0);
+        let round = state.begin_round().expect("three messages");
+        assert_eq!((round.parts, round.through), ([true, false], 3));
         assert_eq!(state.welcome(RoomPart::Messages).map(|batch| batch.len()), Some(2));
-        state.is_sending = true;
-        assert!(state.next_round().is_none());
+        assert_eq!(state.place(RoomPart::Messages), 3, "he was welcomed with them");
+
+        push(&mut state, 4);
+        state.end_round(&round);
+        assert_eq!(
+            (state.window.len(), state.window.cut(0).len()),
+            (1, 1),
+            "who was before it in the round waits for it"
+        );
+        let round = state.begin_round().expect("one message");
+        state.end_round(&round);
+        assert!(state.begin_round().is_none());
         assert!(!state.is_sending, "the task ends when there is nothing");
-        assert_eq!(state.batches, 1);
     }
 
     #[test]
     fn statistics_go_out_once() {
         let mut state = RoomState { stats_waits: true, stats: Some(Arc::default()), ..RoomState::default() };
-        let round = state.next_round().expect("statistics");
-        assert!(round.batch.is_none() && round.stats.is_some());
-        assert!(state.next_round().is_none());
+        let round = state.begin_round().expect("statistics");
+        assert_eq!(round.parts, [false, true]);
+        state.end_round(&round);
+        assert!(state.begin_round().is_none());
     }
 
     #[test]

@@ -22,7 +22,7 @@ use im_proto::link::{Body, Refusal, Refused, SessionNumber, Taken, body};
 
 use self::delivery::Inbox;
 use self::rooms::EnteredRoom;
-pub use self::rooms::{Batch, Counter, OpenBatch, RoomPart, Sent};
+pub use self::rooms::{Batch, Counter, RoomPart, Sent, Window};
 use crate::metrics::Metrics;
 use crate::mqtt::{self, OutBuffer, Reason, Version};
 

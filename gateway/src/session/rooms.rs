@@ -84,34 +84,51 @@ impl Batch {
     }
 }
 
-/// A batch that still grows.
+/// Messages of a room that not every viewer was sent yet, encoded. They come at its end, each viewer is sent those behind his
+/// place, and at its front they are forgotten.
 #[derive(Debug, Default)]
-pub struct OpenBatch {
+pub struct Window {
     v5: OpenPackets,
     v311: OpenPackets,
 }
 
 #[derive(Debug, Default)]
 struct OpenPackets {
-    out: OutBuffer,
+    bytes: Vec<u8>,
     ends: Vec<u32>,
-    largest: usize,
 }
 
 impl OpenPackets {
     fn push(&mut self, delivery: &Delivery<'_>, version: Version) {
-        let before = self.out.len();
-        delivery.encode(&mut self.out, version);
-        self.largest = self.largest.max(self.out.len() - before);
-        self.ends.push(self.out.len() as u32);
+        let mut out = OutBuffer::default();
+        delivery.encode(&mut out, version);
+        self.bytes.extend_from_slice(&out.take_bytes());
+        self.ends.push(self.bytes.len() as u32);
     }
 
-    fn seal(mut self) -> Packets {
-        Packets { bytes: self.out.take_bytes(), ends: self.ends, largest: self.largest }
+    /// Where the packets behind the first `count` begin.
+    fn start(&self, count: usize) -> usize {
+        count.checked_sub(1).map_or(0, |last| self.ends.get(last).map_or(self.bytes.len(), |end| *end as usize))
+    }
+
+    fn cut(&self, from: usize) -> Packets {
+        let start = self.start(from);
+        let bytes = Bytes::copy_from_slice(&self.bytes[start..]);
+        let ends: Vec<u32> = self.ends.iter().skip(from).map(|end| end - start as u32).collect();
+        let begins = std::iter::once(0).chain(ends.iter().copied());
+        let largest = ends.iter().zip(begins).map(|(end, begin)| end - begin).max().unwrap_or_default() as usize;
+        Packets { bytes, ends, largest }
+    }
+
+    fn forget(&mut self, count: usize) {
+        let start = self.start(count);
+        self.bytes.drain(..start);
+        self.ends.drain(..count.min(self.ends.len()));
+        self.ends.iter_mut().for_each(|end| *end -= start as u32);
     }
 }
 
-impl OpenBatch {
+impl Window {
     /// Appends a message of a room.
     pub fn push(&mut self, message: &RoomMessage) {
         let number = Digits::new(message.number);
@@ -134,19 +151,30 @@ impl OpenBatch {
         self.v311.push(delivery, Version::V311);
     }
 
-    /// Bytes of the larger encoding.
-    pub fn bytes(&self) -> usize {
-        self.v5.out.len()
+    /// Messages in it.
+    pub fn len(&self) -> u64 {
+        self.v5.ends.len() as u64
     }
 
-    /// Whether nothing is in it.
+    /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.v5.ends.is_empty()
     }
 
-    /// Ends it.
-    pub fn seal(self) -> Batch {
-        Batch { v5: self.v5.seal(), v311: self.v311.seal() }
+    /// Bytes of the larger encoding.
+    pub fn bytes(&self) -> usize {
+        self.v5.bytes.len()
+    }
+
+    /// What is behind the first `from` messages.
+    pub fn cut(&self, from: u64) -> Batch {
+        Batch { v5: self.v5.cut(from as usize), v311: self.v311.cut(from as usize) }
+    }
+
+    /// Forgets the first `count` messages.
+    pub fn forget(&mut self, count: u64) {
+        self.v5.forget(count as usize);
+        self.v311.forget(count as usize);
     }
 }
 

@@ -121,11 +121,7 @@ impl Write {
                 };
                 *answer = Some(batches.iter().zip(malformed(batches)).map(commit).collect::<Result<_, _>>()?);
             }
-            Self::Read(_) => {}
-            Self::PagesMax(Pending { question: pages, answer, .. }) => {
-                tables.connection.pragma_update_and_check(None, "max_page_count", *pages, |_| Ok(()))?;
-                *answer = Some(());
-            }
+            Self::Read(_) | Self::PagesMax(_) => {}
             #[cfg(test)]
             Self::Fault(pending) => pending.question.happen()?,
         }
@@ -311,12 +307,15 @@ impl Writer {
         if group.iter().all(|write| matches!(write, Write::Read(_))) {
             return Ok(());
         }
-        if self.trouble.is_some() && group.iter().any(|write| matches!(write, Write::PagesMax(_))) {
-            group
-                .iter_mut()
-                .filter(|write| matches!(write, Write::PagesMax(_)))
-                .try_for_each(|write| write.apply(&mut self.tables))
-                .map_err(StoreError::refused)?;
+        let mut is_bound_anew = false;
+        for write in &mut *group {
+            if let Write::PagesMax(Pending { question: pages, answer, .. }) = write {
+                let set = self.tables.connection.pragma_update_and_check(None, "max_page_count", *pages, |_| Ok(()));
+                *answer = Some(set.map_err(StoreError::refused)?);
+                is_bound_anew = true;
+            }
+        }
+        if is_bound_anew && self.trouble.is_some() {
             self.flush();
         }
         if let Some(Trouble { why, .. }) = &self.trouble {
