@@ -66,7 +66,7 @@ step "suite '$suite'"
 export IM_E2E_SUITE="$suite" IM_E2E_IMAGE=localhost/imcluster:e2e IM_E2E_IMAGE_OTHER=localhost/imcluster:e2e-other
 export IM_E2E_CHART="$STATE/chart"
 export IM_E2E_PROMETHEUS=http://prometheus.e2e-dependencies:9090
-export IM_E2E_POSTGRES=postgres://im:im@postgres.e2e-dependencies:5432/im
+export IM_E2E_POSTGRES=postgres://im:im@postgres.e2e-dependencies:5432/im IM_E2E_POSTGRES_NODE_PORT=31432
 HELM="$(command -v helm)"
 export HELM
 # One after the other: they share two cores and one cluster.

@@ -6,6 +6,8 @@
 //! | `IM_E2E_SUITE` | `ci` or `all` |
 //! | `IM_E2E_IMAGE`, `IM_E2E_IMAGE_OTHER` | two builds that the nodes have; `REPOSITORY:TAG`, of one repository |
 //! | `IM_E2E_CHART` | the operator's chart as it belongs to those builds |
+//! | `IM_E2E_POSTGRES` | URL of a PostgreSQL for pods, of a role that may make databases and roles |
+//! | `IM_E2E_POSTGRES_NODE_PORT` | where it is reached on a node |
 //! | `IM_NODE` | a node's address as seen from this machine; left out: its internal address |
 //! | `HELM` | the helm program; left out: the one on `PATH` |
 //! | `KEEP` | `1`: the namespaces of scenarios that failed are kept |

@@ -22,3 +22,4 @@ mod prometheus;
 mod random;
 mod rollout;
 mod scaling;
+mod secrets;

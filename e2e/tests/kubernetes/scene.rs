@@ -61,14 +61,31 @@ const FIELD_MANAGER: &str = "e2e";
 /// and does `body`; then the history must be clean and the operator must say that no message is lost. A failure shows
 /// what the API server and the pods know.
 pub async fn scenario(suite: Suite, spec: Value, body: impl AsyncFnOnce(&mut Scene) -> TestResult) -> TestResult {
+    let name = name_of(&body);
+    run(suite, &name, async |scene: &mut Scene| {
+        scene.bring_up(spec).await?;
+        body(scene).await
+    })
+    .await
+}
+
+/// The same, but `body` brings up the ImCluster, after what it has to prepare.
+pub async fn prepared_scenario(suite: Suite, body: impl AsyncFnOnce(&mut Scene) -> TestResult) -> TestResult {
+    let name = name_of(&body);
+    run(suite, &name, body).await
+}
+
+/// A closure is called after the function that it is in: the test.
+fn name_of<T>(body: &T) -> String {
+    let path = std::any::type_name_of_val(body);
+    path.rsplit("::").find(|part| !part.starts_with('{')).unwrap_or("scenario").to_owned()
+}
+
+async fn run(suite: Suite, name: &str, body: impl AsyncFnOnce(&mut Scene) -> TestResult) -> TestResult {
     let Some(environment) = Environment::read(suite)? else { return Ok(()) };
-    // A closure is called after the function that it is in: the test.
-    let path = std::any::type_name_of_val(&body);
-    let name = path.rsplit("::").find(|part| !part.starts_with('{')).unwrap_or("scenario").to_owned();
-    let mut scene = Scene::enter(environment, &name).await?;
+    let mut scene = Scene::enter(environment, name).await?;
     let start = Instant::now();
     let outcome = timeout(SCENARIO_WITHIN, async {
-        scene.bring_up(spec).await?;
         body(&mut scene).await?;
         scene.check().await
     })
