@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{Api, Caller, Problem, Shared, name, problem_of};
+use crate::session::Counter;
 
 /// A live room.
 #[derive(Serialize, ToSchema)]
@@ -48,9 +49,7 @@ impl From<Room> for RoomView {
             sanctions.into_iter().map(view).collect()
         };
         let stats = room.stats.unwrap_or_default();
-        let likes = stats.totals.iter().find(|total| total.name == "like").map_or(0, |total| total.count);
-        let gifts = stats.totals.iter();
-        let gifts = gifts.filter_map(|total| Some((total.name.strip_prefix("gift/")?.to_owned(), total.count)));
+        let (likes, gifts) = Counter::likes_and_gifts(&stats.totals);
         Self {
             room: room.room,
             owner: room.owner,
@@ -60,7 +59,7 @@ impl From<Room> for RoomView {
             kicked: views(room.kicked),
             viewers: stats.viewers,
             likes,
-            gifts: gifts.collect(),
+            gifts,
         }
     }
 }

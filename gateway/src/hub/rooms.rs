@@ -295,9 +295,7 @@ pub(super) fn kept_out() -> Answer {
 }
 
 fn stats_batch(stats: &RoomStats) -> Arc<Batch> {
-    let likes = stats.totals.iter().find(|total| total.name == "like").map_or(0, |total| total.count);
-    let gift = |total: &Count| Some((total.name.strip_prefix("gift/")?.to_owned(), total.count.into()));
-    let gifts: serde_json::Map<String, serde_json::Value> = stats.totals.iter().filter_map(gift).collect();
+    let (likes, gifts) = Counter::likes_and_gifts(&stats.totals);
     let payload = serde_json::json!({ "viewers": stats.viewers, "likes": likes, "gifts": gifts }).to_string().into();
     let mut window = Window::default();
     window.push_below(&stats.room, "stats", &payload);

@@ -3,10 +3,11 @@
 //! A room's messages are encoded once for all its viewers and joined into batches; a session takes a batch whole or, when its client does
 //! not keep up, loses it. Room messages have QoS 0 and no part in the inbox's window.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use im_proto::link::RoomMessage;
+use im_proto::link::{Count, RoomMessage};
 use im_proto::topic::SYSTEM_SENDER;
 
 use super::{Digits, Effects, Phase, RoomEffect, Session};
@@ -41,6 +42,13 @@ pub enum Counter {
 }
 
 impl Counter {
+    /// Likes, and gifts by their names, out of what an owner counted.
+    pub fn likes_and_gifts(totals: &[Count]) -> (u64, BTreeMap<String, u64>) {
+        let likes = totals.iter().find(|total| total.name == Self::Like.name()).map_or(0, |total| total.count);
+        let gift = |total: &Count| Some((total.name.strip_prefix("gift/")?.to_owned(), total.count));
+        (likes, totals.iter().filter_map(gift).collect())
+    }
+
     /// Its name at the owner.
     pub fn name(&self) -> String {
         match self {

@@ -6,6 +6,7 @@ use super::act::namespace_ends;
 use super::decide::Problem;
 use super::events::{happenings, publish};
 use super::http::Metrics;
+use super::pause_after;
 use super::status::{Situation, is_news, status};
 use crate::control::{Clusters, ControlError, Led, Setup};
 use crate::platform::kubernetes::{KubernetesPlatform, World};
@@ -181,7 +182,7 @@ impl Keeping {
     fn on_ended(&mut self, ended: &Result<(), ControlError>) -> Problem {
         let ran_well = self.running.take().is_some_and(|running| running.since.elapsed() >= RAN_WELL);
         self.failures = if ran_well { 1 } else { self.failures.saturating_add(1) };
-        let pause = RETRY_FIRST.saturating_mul(1 << (self.failures - 1).min(10)).min(RETRY_LONGEST);
+        let pause = pause_after(self.failures, RETRY_FIRST, RETRY_LONGEST);
         self.retry_at = Instant::now() + pause;
         let why = match ended {
             Ok(()) => "its platform ended".to_owned(),

@@ -115,6 +115,11 @@ pub enum OperatorError {
     Control(#[from] ControlError),
 }
 
+/// How long to wait after so many failures in a row: the pause doubles from the first to the longest.
+fn pause_after(failures: u32, first: Duration, longest: Duration) -> Duration {
+    first.saturating_mul(1 << failures.saturating_sub(1).min(10)).min(longest)
+}
+
 fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> OperatorError {
     let what = what.into();
     move |source| OperatorError::Io { what, source }

@@ -7,7 +7,8 @@ use super::decide::{Problem, decide};
 use super::keeper::{Keeper, Order, Seen, Shared};
 use super::members::LINK_TOKEN;
 use super::observe::observe;
-use super::secrets::SecretVersions;
+use super::pause_after;
+use super::secrets::{SecretVersions, Version};
 use super::status::Situation;
 use crate::control::ClusterKey;
 use im_crds::{ImCluster, ImClusterStatus};
@@ -17,7 +18,7 @@ use kube::core::DeserializeGuard;
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::{ObjectRef, Store};
 use parking_lot::Mutex;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -136,6 +137,14 @@ impl Context {
         self.shared.metrics.clusters.set(i64::try_from(keepers.len()).unwrap_or(i64::MAX));
     }
 
+    fn saw_secrets(&self, key: &ClusterKey, regarding: &ObjectReference, versions: BTreeMap<String, Version>) {
+        // As for an order: who is forgotten stays so.
+        let _keepers = self.keepers.lock();
+        if self.is_there(regarding) {
+            self.secrets.saw(key, versions);
+        }
+    }
+
     fn is_there(&self, regarding: &ObjectReference) -> bool {
         let name = ObjectRef::new(regarding.name.as_deref().unwrap_or_default());
         let found = self.clusters.get(&name.within(regarding.namespace.as_deref().unwrap_or_default()));
@@ -147,7 +156,7 @@ impl Context {
         let mut troubles = self.troubles.lock();
         let times = troubles.entry(key.clone()).or_default();
         *times = times.saturating_add(1);
-        RETRY_FIRST.saturating_mul(1 << (*times - 1).min(10)).min(RETRY_LONGEST)
+        pause_after(*times, RETRY_FIRST, RETRY_LONGEST)
     }
 }
 
@@ -240,9 +249,9 @@ pub async fn reconcile(
         }
         situation.held_back = 0;
     }
-    context.secrets.saw(&key, secret_versions);
     let trouble = situation.problem.is_some();
     let run = if blocked { None } else { tokens.map(|tokens| (accepted, tokens)) };
+    context.saw_secrets(&key, &regarding, secret_versions);
     context.order(&key, regarding, seen(cluster.status.as_ref()), Order { situation, run });
     if trouble {
         context.shared.metrics.reconciled("waiting");

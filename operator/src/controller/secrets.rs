@@ -46,7 +46,7 @@ impl SecretValues {
 }
 
 /// Which version of a Secret was seen; `None` = there was none.
-type Version = Option<String>;
+pub(super) type Version = Option<String>;
 
 /// The Secrets of all ImClusters, with the versions that were seen last.
 #[derive(Debug, Default)]

@@ -249,7 +249,7 @@ pub trait Platform: Send + Sync + 'static {
     fn cluster(&self) -> Result<ImCluster, PlatformError>;
 
     /// A digest of all that a member of that tier is configured with, its name aside. A member with another one is to be
-    /// replaced.
+    /// replaced. Asked again when [`View::generation`] rises.
     fn template(&self, cluster: &ImCluster, tier: Tier) -> String;
 
     /// Cores that are set aside for each member of that tier: 100 % of its CPU utilization. One where nothing is set aside.

@@ -229,6 +229,7 @@ impl<P: Platform> Leader<P> {
                     self.coordinator.set_rebalance(cluster.spec.business.rebalance.clone());
                     self.cluster = cluster;
                     self.cluster_error = None;
+                    self.take_templates();
                     self.tell("the ImCluster changed and is followed".to_owned());
                 }
                 Err(error) => {
@@ -239,5 +240,12 @@ impl<P: Platform> Leader<P> {
         }
         self.view = view;
         self.round_due = true;
+    }
+
+    /// To be called with each change of the ImCluster.
+    pub(super) fn take_templates(&mut self) {
+        for tier in Tier::ALL {
+            self.tiers[tier].template = self.platform.template(&self.cluster, tier);
+        }
     }
 }

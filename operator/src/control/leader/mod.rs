@@ -130,6 +130,8 @@ struct Spread {
 /// One tier.
 #[derive(Default)]
 struct TierState {
+    /// Digest of what its members are to be configured with.
+    template: String,
     scaler: Scaler,
     wanted: Wanted,
     leaving: BTreeMap<String, Leaving>,
@@ -309,6 +311,7 @@ impl<P: Platform> Leader<P> {
             happenings: VecDeque::new(),
             status,
         };
+        leader.take_templates();
         within(leader.platform.save_map(&leader.stored_map())).await?;
         leader.stored_term = leader.coordinator.version().term;
         Ok(leader)

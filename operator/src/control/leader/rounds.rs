@@ -207,7 +207,6 @@ impl<P: Platform> Leader<P> {
     fn tier_members(&self, tier: Tier, snapshot: &Snapshot) -> Vec<TierMember> {
         let now = self.now();
         let state = &self.tiers[tier];
-        let template = self.platform.template(&self.cluster, tier);
         let processes = self.view.of_tier(tier);
         let member = |process: &Process| {
             let stage = match (process.state, state.leaving.get(&process.name)) {
@@ -233,7 +232,7 @@ impl<P: Platform> Leader<P> {
                 (_, None) => Stage::Starting,
             };
             let cost = self.holds(tier, process, snapshot);
-            TierMember { name: process.name.clone(), stage, cost, outdated: process.template != template }
+            TierMember { name: process.name.clone(), stage, cost, outdated: process.template != state.template }
         };
         processes.map(member).collect()
     }
