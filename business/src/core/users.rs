@@ -62,7 +62,8 @@ struct Job {
 #[derive(Default)]
 struct User {
     index: BTreeMap<Arc<str>, Index>,
-    devices: BTreeMap<Arc<str>, Device>,
+    /// Boxed: a map makes space for eleven of them at once, and nearly everybody has one or two.
+    devices: BTreeMap<Arc<str>, Box<Device>>,
 }
 
 struct Index {
@@ -141,7 +142,7 @@ impl Users {
     }
 
     fn device(&mut self, user: &str, device: &str) -> Option<&mut Device> {
-        self.get(user)?.devices.get_mut(device)
+        self.get(user)?.devices.get_mut(device).map(Box::as_mut)
     }
 
     pub(super) fn forget_waiter(&mut self, waiter: u64) {
@@ -163,7 +164,8 @@ impl User {
         for (device, row) in rows.sessions {
             let row = SessionRow::decode(row)?;
             let connections = row.connections;
-            user.devices.insert(device.into(), Device { row: Some(row), connections, ..Device::default() });
+            let device_state = Device { row: Some(row), connections, ..Device::default() };
+            user.devices.insert(device.into(), Box::new(device_state));
         }
         for (device, row) in rows.cursors {
             let row = CursorRow::decode(row)?;
@@ -171,6 +173,14 @@ impl User {
             device.cursors = row.conversations.into_iter().map(Arc::from).zip(row.seqs).collect();
         }
         Ok(user)
+    }
+
+    fn is_stored(&self) -> bool {
+        !self.index.is_empty() || self.devices.values().any(|device| device.row.is_some() || !device.cursors.is_empty())
+    }
+
+    fn is_connected(&self) -> bool {
+        self.devices.values().any(|device| device.live.is_some() || device.registering.is_some())
     }
 
     fn index_rows(&self) -> Vec<IndexRow> {
@@ -779,16 +789,16 @@ impl OwnedShard {
         }
     }
 
+    /// Forgets who was not asked about for a while: those of whom nothing is stored, and, if there are more than `max`, the others.
     pub(super) fn sweep_users(&mut self, now: Duration, max: usize) {
-        if self.users.users.len() <= max {
-            return;
-        }
-        let in_use =
-            |user: &User| user.devices.values().any(|device| device.live.is_some() || device.registering.is_some());
+        let is_full = self.users.users.len() > max;
         let dirty: BTreeSet<Arc<str>> = self.users.dirty.iter().map(|(user, _)| user.clone()).collect();
         self.users.users.retain(|id, cached| match cached {
             Cached::Loading(_) => true,
-            Cached::Ready { value, used_at } => *used_at + IDLE_MAX >= now || in_use(value) || dirty.contains(id),
+            Cached::Ready { value, used_at } => {
+                let is_worth_it = !is_full && value.is_stored();
+                is_worth_it || *used_at + IDLE_MAX >= now || value.is_connected() || dirty.contains(id)
+            }
         });
     }
 
