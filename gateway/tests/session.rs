@@ -537,6 +537,50 @@ fn who_does_not_read_holds_up_only_himself_and_loses_no_chat() {
 }
 
 proptest! {
+    /// However messages come and are forgotten, what is cut at a place is all that came behind it, packet by packet.
+    #[test]
+    fn a_window_gives_what_is_behind_a_place(steps in proptest::collection::vec((0u8..3, 0usize..200), 1..60)) {
+        let message = |number: u64, size: usize| RoomMessage {
+            room: "r".into(), number, payload: vec![b'x'; size].into(), ..RoomMessage::default()
+        };
+        let mut window = Window::default();
+        let (mut first, mut sizes) = (0, Vec::new());
+        for (step, argument) in steps {
+            match step {
+                0 => {
+                    window.push(&message(sizes.len() as u64, argument));
+                    sizes.push(argument);
+                }
+                1 => {
+                    let count = argument % (sizes.len() - first + 1);
+                    window.forget(count as u64);
+                    first += count;
+                }
+                _ => {
+                    let from = argument % (sizes.len() - first + 1);
+                    let batch = window.cut(from as u64);
+                    for version in [Version::V5, Version::V311] {
+                        let mut driven = Driven::live(version);
+                        driven.packets();
+                        driven.session.on_room_batch(&batch, |_| 0);
+                        let expected: Vec<_> = (first + from..sizes.len()).flat_map(|number| {
+                            let mut alone = Window::default();
+                            alone.push(&message(number as u64, sizes[number]));
+                            let mut other = Driven::live(version);
+                            other.packets();
+                            other.session.on_room_batch(&alone.cut(0), |_| 0);
+                            other.packets()
+                        }).collect();
+                        prop_assert_eq!(driven.packets(), expected);
+                    }
+                    prop_assert_eq!(batch.len() as usize, sizes.len() - first - from);
+                }
+            }
+        }
+    }
+}
+
+proptest! {
     /// Whatever the order of pushes, answers, acknowledgements and lost hints, and however small the window: each seq of each
     /// conversation once, in order, and never more unacknowledged than the client takes.
     #[test]
