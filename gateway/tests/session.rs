@@ -441,6 +441,32 @@ fn a_new_device_gets_what_is_unread_and_a_known_one_what_it_has_not_acknowledged
 }
 
 #[test]
+fn what_was_asked_of_the_last_owner_in_the_sessions_name_is_asked_behind_the_announcement() {
+    let mut driven = Driven::live(Version::V5);
+    driven.subscribe("inbox/#");
+    let to_last = driven.next_request().ticket.unwrap();
+    driven.session.announce(0, &mut driven.effects);
+    assert_eq!(driven.effects.cancel.len(), 1);
+    // The new owner has not heard of the session when that reaches it.
+    let stale = Refused { code: Refusal::StaleSession.into(), reason: String::new() };
+    driven.session.on_answer(0, to_last, Answer::Outcome(Outcome::Refused(stale)), &mut driven.effects);
+    let announced =
+        driven.answer_next(Outcome::Registered(Registered { number: Some(NUMBER), ..Registered::default() }));
+    assert!(matches!(announced, body::Body::Register(register) if register.number == Some(NUMBER)));
+    let body::Body::Subscribe(subscribe) = driven.answer_next(Outcome::Done(Done {})) else { panic!("no Subscribe") };
+    assert!(subscribe.subscribed);
+    assert_eq!(driven.packets().last().unwrap().0, 0x90, "SUBACK");
+
+    driven.packet(Packet::Unsubscribe { packet_id: 2, filters: vec!["inbox/#"] });
+    driven.next_request();
+    driven.session.announce(0, &mut driven.effects);
+    driven.answer_next(Outcome::Registered(Registered { number: Some(NUMBER), ..Registered::default() }));
+    let body::Body::Subscribe(subscribe) = driven.answer_next(Outcome::Done(Done {})) else { panic!("no Subscribe") };
+    assert!(!subscribe.subscribed);
+    assert_eq!(driven.packets().last().unwrap().0, 0xB0, "UNSUBACK");
+}
+
+#[test]
 fn a_dup_of_what_was_left_unanswered_goes_under_its_old_key() {
     let mut first = Driven::live(Version::V311);
     first.publish(9, "u/bob", b"x");

@@ -535,8 +535,15 @@ impl OwnedShard {
     }
 
     fn close(&mut self, env: &mut Env, to: ReplyTo, close: Close) {
-        let Some(device) = self.users.device(&close.user, &close.device).filter(|device| device.is_live(close.number))
-        else {
+        let epoch = self.epoch;
+        let is_current = |device: &&mut Device| {
+            // It may have been live at an owner before us: its gateway had nothing left to announce.
+            let is_of_before = device.live.is_none() && device.registering.is_none();
+            let is_open = device.row.as_ref().is_some_and(|row| row.ended_ms == 0);
+            device.is_live(close.number)
+                || (is_of_before && is_open && close.number.is_some_and(|number| number.epoch < epoch))
+        };
+        let Some(device) = self.users.device(&close.user, &close.device).filter(is_current) else {
             // Taken over, or closed before.
             return env.done(to);
         };
@@ -581,8 +588,13 @@ impl OwnedShard {
     fn subscribe(&mut self, env: &mut Env, to: ReplyTo, subscribe: Subscribe) {
         let (user, device_id): (Arc<str>, Arc<str>) =
             (subscribe.user.as_str().into(), subscribe.device.as_str().into());
+        let is_announced = env.links.get(&to.link).is_some_and(|gateway| self.users.announced.contains(gateway));
         let Some(device) = self.users.device(&user, &device_id).filter(|device| device.is_live(subscribe.number))
         else {
+            // It was under way when we acquired the shard: the gateway announces the session, and asks for this again.
+            if !is_announced {
+                return;
+            }
             return env.refuse(to, Refusal::StaleSession, "this connection is not the device's latest");
         };
         device.merge(&subscribe.cursors);

@@ -14,7 +14,7 @@ use super::delivery::Inbox;
 use super::rooms::EnteredRoom;
 use super::{
     Answer, ConnectRefused, Effects, End, Identity, InboxState, OwnedWill, Phase, RoomEffect, Session, SessionRequest,
-    Shared, What, refusal_of,
+    Shared, Waiting, What, refusal_of,
 };
 use crate::mqtt::{self, Connect, OutBuffer, Reason, Version, Welcome};
 
@@ -177,9 +177,9 @@ impl Session {
         if self.phase != Phase::Live {
             return; // its registration is sent again by the router
         }
-        if let Some(position) = self.waiting.iter().position(|waiting| matches!(waiting.what, What::Announce)) {
-            effects.cancel.push(self.waiting.remove(position).request_id);
-        }
+        // What was asked in the session's name would reach an owner that has not heard of it: it is asked behind the announcement.
+        let void: Vec<Waiting> = self.waiting.extract_if(.., |waiting| waiting.what.is_of_session()).collect();
+        effects.cancel.extend(void.iter().map(|waiting| waiting.request_id));
         let register = Register {
             user: self.user.to_string(),
             device: self.device.to_string(),
@@ -191,6 +191,16 @@ impl Session {
             cursors: self.cursors(),
         };
         self.ask_user(now_ms, What::Announce, body::Body::Register(register), effects);
+        for Waiting { what, since_ms, .. } in void {
+            match what {
+                What::SubscribeInbox => self.write_subscription(since_ms, effects),
+                What::UnsubscribeInbox { packet_id, codes } => {
+                    self.write_unsubscription(since_ms, packet_id, codes, effects);
+                }
+                // The announcement says it.
+                _ => {}
+            }
+        }
     }
 
     /// The owner ends a session: ours, if it is the named one or an older one.

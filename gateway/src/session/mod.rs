@@ -228,6 +228,11 @@ impl What {
             Self::Register | Self::Announce | Self::HeadsToCompare | Self::Fetch { .. } | Self::Cursors => false,
         }
     }
+
+    /// Whether the user's owner does this for a session that it knows.
+    fn is_of_session(&self) -> bool {
+        matches!(self, Self::Announce | Self::SubscribeInbox | Self::UnsubscribeInbox { .. } | Self::Cursors)
+    }
 }
 
 /// A publish that waits for its outcome.

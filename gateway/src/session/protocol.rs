@@ -460,6 +460,10 @@ impl Session {
             return mqtt::unsuback(&mut self.out, self.version, packet_id, &codes);
         }
         self.inbox.state = InboxState::Unsubscribed;
+        self.write_unsubscription(now_ms, packet_id, codes, effects);
+    }
+
+    pub(super) fn write_unsubscription(&mut self, now_ms: u64, packet_id: u16, codes: Vec<u8>, effects: &mut Effects) {
         let unsubscribe = Subscribe {
             user: self.user.to_string(),
             device: self.device.to_string(),
