@@ -4,6 +4,7 @@
 mod support;
 
 use std::{
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -16,7 +17,7 @@ use im_e2e::{
     api::{Api, Credential},
     client::{Client, Connection, Event, Inbox, Observer, Options, Outcome},
     view::Member,
-    wire::Version,
+    wire::{self, Packet, Version},
 };
 use parking_lot::Mutex as SyncMutex;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -26,6 +27,7 @@ use support::{Chat, Cluster, Template, TestResult, eventually, program};
 use tokio::{
     process::Command,
     sync::Mutex,
+    task::JoinSet,
     time::{Instant, sleep},
 };
 
@@ -37,6 +39,8 @@ const RATE: f64 = 300.0;
 /// People who chat, each with each other, and groups of all of them: every shard gets messages.
 const PEOPLE: usize = 20;
 const GROUPS: usize = 2;
+/// People who subscribe and unsubscribe all the time.
+const CHANGING: usize = 40;
 /// The promise: sends are acknowledged again within this time of an owner's SIGKILL or SIGSTOP.
 const ACKED_AGAIN_WITHIN: Duration = Duration::from_secs(5);
 /// The promise: presence forgets the sessions of a killed gateway within this time.
@@ -183,6 +187,52 @@ async fn business_scales_from_one_to_four_and_back_while_every_shard_moves() -> 
         scene.flow(300).await?;
     }
     scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_subscribes_while_his_shard_moves_stays_connected() -> TestResult {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let mut scene = Scene::start(Template::new()?).await?;
+    let is_over = Arc::new(AtomicBool::new(false));
+    let mut changing = JoinSet::new();
+    for number in 0..CHANGING {
+        let (mqtt, is_over) = (scene.cluster.mqtt(), is_over.clone());
+        changing
+            .spawn(async move { subscribe_and_unsubscribe(mqtt, number, &is_over).await.map_err(|e| e.to_string()) });
+    }
+    for members in [3, 1] {
+        scene.cluster.edit(|template| template.business = (members, members))?;
+        scene.wait_shards_shared_by(members as usize).await?;
+    }
+    is_over.store(true, Ordering::Relaxed);
+    let mut count = 0;
+    while let Some(changes) = changing.join_next().await {
+        count += changes??;
+    }
+    println!("{count} subscriptions and unsubscriptions");
+    scene.finish(ACKED_AGAIN_WITHIN).await
+}
+
+/// Somebody who subscribes and unsubscribes until it is over, each time with an answer. Says how often.
+async fn subscribe_and_unsubscribe(mqtt: SocketAddr, number: usize, is_over: &AtomicBool) -> TestResult<u64> {
+    let options = Options::new(mqtt, format!("fickle{number}"), "phone");
+    let (mut connection, _) = Connection::open(&options, true).await?;
+    let mut count = 0;
+    while !is_over.load(Ordering::Relaxed) {
+        let packet_id = (count % 60_000) as u16 + 1;
+        match count % 2 {
+            0 => wire::encode_subscribe(Version::V5, packet_id, "inbox/#", 1, connection.write_buffer()),
+            _ => wire::encode_unsubscribe(Version::V5, packet_id, "inbox/#", connection.write_buffer()),
+        }
+        connection.flush().await?;
+        match connection.next().await? {
+            Packet::SubAck { packet_id: of, codes } if of == packet_id && codes == [1] => {}
+            Packet::UnsubAck { packet_id: of, codes } if of == packet_id && codes == [0] => {}
+            other => return Err(format!("fickle{number}, change {count}: {other:?}").into()),
+        }
+        count += 1;
+    }
+    Ok(count)
 }
 
 #[tokio::test(flavor = "multi_thread")]
