@@ -27,7 +27,7 @@ lint: ## formatting and clippy
 test: setup lint ## everything
 	e2e/cluster/tools.sh helm
 	cargo test --workspace --quiet --no-run
-	REQUIRE_HELM=1 REQUIRE_PROMTOOL=1 cargo test --workspace
+	REQUIRE_HELM=1 REQUIRE_PROMTOOL=1 $(if $(filter 0,$(shell id -u)),REQUIRE_MOUNT=1) cargo test --workspace
 
 images: ## the container image, with docker or buildah; without either a docker-archive of it
 	images/build.sh
@@ -47,8 +47,10 @@ bench-operator: ## what the operator costs with 200 ImClusters of 50 simulated m
 fuzz: ## hostile bytes into sessions for a minute, guided by the branches that they reach
 	gateway/fuzz/run.sh
 
-bench: setup ## ratios beside peers and physical limits, in one run (release build)
-	if command -v go >/dev/null; then e2e/cluster/tools.sh nats-server mochi; else echo "without nats-server and mochi, which are built with Go"; fi
+bench: setup ## ratios beside peers and physical limits, our scaling beside the HPA's, the operator's costs, in one run
+	if command -v go >/dev/null; then e2e/cluster/tools.sh nats-server mochi && e2e/cluster/fleet.sh; \
+		else echo "without nats-server, mochi and a real API server, which are built with Go"; fi
+	cargo test --workspace --quiet --lib autoscale::comparison -- --nocapture
 	cargo build --workspace --bins --release
 	e2e/bench.sh
 

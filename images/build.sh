@@ -5,6 +5,7 @@
 #                             content, .run/images/imcluster.tar. Without TAG it is the image that the chart asks for.
 #   build.sh --dev OUT TAG    a docker-archive OUT of the development build that tests share, with the few libraries that its
 #                             programs are linked to. It costs no second compilation, and is not for production.
+#   build.sh --static OUT TAG a docker-archive OUT of what the Dockerfile builds: the release build, linked statically.
 #
 # LABEL=NAME=VALUE in the environment adds a label to an archive: other content under another tag.
 set -euo pipefail
@@ -32,6 +33,18 @@ archive() {
     echo "$out: $tag, $(($(stat -c %s "$out") >> 20)) MiB"
 }
 
+# static OUT TAG: what the Dockerfile does.
+static() {
+    local target
+    target="$(rustc -vV | sed -n 's/^host: //p')"
+    RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --workspace --bins --target "$target"
+    archive "$1" "$2" "${CARGO_TARGET_DIR:-target}/$target/release"
+}
+
+if [ "${1:-}" = --static ]; then
+    static "$2" "$3"
+    exit
+fi
 if [ "${1:-}" = --dev ]; then
     # With a test of each program, as `make test` builds them: for a plain build the libraries have other features, and all of
     # ours would be compiled once more.
@@ -46,7 +59,5 @@ if docker info >/dev/null 2>&1; then
 elif command -v buildah >/dev/null; then
     buildah bud --file images/Dockerfile --tag "$tag" .
 else
-    target="$(rustc -vV | sed -n 's/^host: //p')"
-    RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --workspace --bins --target "$target"
-    archive .run/images/imcluster.tar "$tag" "${CARGO_TARGET_DIR:-target}/$target/release"
+    static .run/images/imcluster.tar "$tag"
 fi

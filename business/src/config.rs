@@ -20,7 +20,7 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// It is not what was expected.
-    #[error("{path}: {source}; see the documentation of the configuration for its fields")]
+    #[error("{path}: {source}; correct the field that is named here")]
     Parse {
         /// The file.
         path: PathBuf,
@@ -78,15 +78,15 @@ pub struct ServeConfig {
     /// The file that holds it instead.
     #[serde(default)]
     pub link_token_file: Option<PathBuf>,
+    /// A copy of the shard map to begin with; see [`im_proto::map_hint`].
+    #[serde(default)]
+    pub map_hint_file: Option<PathBuf>,
     /// What the store member asks for.
     #[serde(default)]
     pub store_token: Option<String>,
     /// The file that holds it instead.
     #[serde(default)]
     pub store_token_file: Option<PathBuf>,
-    /// How long message ids are remembered, seconds. Ids are kept as long as the messages, so this is a lower bound that always holds.
-    #[serde(default)]
-    pub dedup_window_seconds: Option<u64>,
     /// Largest payload of a message, bytes.
     #[serde(default)]
     pub payload_max: Option<usize>,

@@ -1,6 +1,5 @@
 //! The thin async shell of a business member: one task drives the core; links, the store, control and the admin port feed it.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,12 +10,13 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use futures::{FutureExt, Stream, StreamExt};
-use im_proto::control::{Hello, Report, Role as ControlRole, command, report};
+use im_proto::control::{Command, Hello, Report, Role as ControlRole, command, report};
 use im_proto::dial::ControlDialer;
 use im_proto::ids::{IdError, MemberId};
 use im_proto::link::link_server::{Link, LinkServer};
 use im_proto::link::{ClientFrame, ClientFrames, Role, ServerFrame, ServerFrames, client_frame};
-use im_proto::links::{LINK_SILENCE_MAX, LinkEvent, LinkPool, MESSAGE_BYTES_MAX, Outbox};
+use im_proto::links::{self, LINK_SILENCE_MAX, LinkEvent, LinkPool, MESSAGE_BYTES_MAX, Outbox};
+use im_proto::map_hint;
 use im_proto::token::SharedToken;
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
@@ -28,7 +28,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::{ConfigError, ServeConfig};
 use crate::core::calls::{StoreCall, execute};
-use crate::core::{Core, Input, Limits, LinkId, Now, Output};
+use crate::core::{Core, Input, Limits, LinkId, Map, Now, Output};
 use crate::fail_points::{FailPoint, FailPoints};
 use crate::metrics::{CpuAverage, Metrics};
 use crate::store::{self, OpenError, Store, StoreSpec};
@@ -102,7 +102,7 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
     let shell = Arc::new(Shell {
         me: me.clone(),
         inputs,
-        links: Mutex::new(HashMap::new()),
+        links: Mutex::default(),
         next_link: AtomicU64::new(1),
         control: Mutex::new(ControlStream::default()),
         reads: Arc::new(Semaphore::new(READS_MAX)),
@@ -120,6 +120,11 @@ pub async fn serve(config: ServeConfig, stop: impl Future<Output = ()> + Send + 
     };
     let core = tokio::spawn(run_core(shell.clone(), store, inbox, limits));
     let dialer = ControlDialer::new(config.control.clone(), config.cluster.as_deref(), token);
+    if let Some(map) = config.map_hint_file.as_deref().and_then(map_hint::read) {
+        let hint = Command { term: 0, command: Some(command::Command::Map(map)) };
+        // Only a core that ended does not take it.
+        let _ = shell.inputs.send(Input::Command(hint)).await;
+    }
     tokio::spawn(keep_control(shell.clone(), dialer, hello));
     tokio::spawn(serve_admin(shell.clone(), admin, config.fail_points));
     let service = LinkServer::new(LinkService(shell.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX);
@@ -171,7 +176,7 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
 struct Shell {
     me: MemberId,
     inputs: mpsc::Sender<Input>,
-    links: Mutex<HashMap<LinkId, Arc<Outbox<ServerFrame>>>>,
+    links: Mutex<Map<LinkId, Arc<Outbox<ServerFrame>>>>,
     next_link: AtomicU64,
     control: Mutex<ControlStream>,
     reads: Arc<Semaphore>,
@@ -253,8 +258,8 @@ fn carry_out(
     outputs: Vec<Output>,
     only_frames: bool,
 ) {
-    let mut frames: HashMap<LinkId, Vec<ServerFrame>> = HashMap::new();
-    let mut to_peers: HashMap<MemberId, Vec<ClientFrame>> = HashMap::new();
+    let mut frames: Map<LinkId, Vec<ServerFrame>> = Map::default();
+    let mut to_peers: Map<MemberId, Vec<ClientFrame>> = Map::default();
     for output in outputs {
         match output {
             Output::Frame { link, frame } => frames.entry(link).or_default().push(frame),
@@ -368,12 +373,19 @@ impl Link for LinkService {
         shell.links.lock().insert(link, outbox.clone());
         let opened =
             [Input::LinkOpened { link, peer, role: hello.role() }, Input::Frames { link, frames: frames.collect() }];
-        tokio::spawn(read_link(shell, link, inbound, opened));
-        Ok(Response::new(Box::pin(outbox.reader().map(|frames| Ok(ServerFrames { frames })))))
+        tokio::spawn(read_link(shell, link, outbox.clone(), inbound, opened));
+        let reader = outbox.reader().hurried_by(links::is_room_message);
+        Ok(Response::new(Box::pin(reader.map(|frames| Ok(ServerFrames { frames })))))
     }
 }
 
-async fn read_link(shell: Arc<Shell>, link: LinkId, mut inbound: Streaming<ClientFrames>, opened: [Input; 2]) {
+async fn read_link(
+    shell: Arc<Shell>,
+    link: LinkId,
+    outbox: Arc<Outbox<ServerFrame>>,
+    mut inbound: Streaming<ClientFrames>,
+    opened: [Input; 2],
+) {
     for input in opened {
         let _ = shell.inputs.send(input).await;
     }
@@ -382,6 +394,8 @@ async fn read_link(shell: Arc<Shell>, link: LinkId, mut inbound: Streaming<Clien
         if shell.inputs.send(Input::Frames { link, frames: message.frames }).await.is_err() {
             break;
         }
+        // Whoever reads his answers slowly asks slowly.
+        outbox.has_room().await;
     }
     if let Some(outbox) = shell.links.lock().remove(&link) {
         outbox.close();

@@ -13,8 +13,8 @@ use im_proto::control::{self, Command, command};
 use im_proto::ids::MemberId;
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
-    Body, ClientFrame, Count, Push, Refusal, Request, Role, RoomChange, RoomCount, RoomCounts, RoomGet, RoomJoin,
-    RoomPublish, RoomTook, Sanction, body, client_frame, push, server_frame,
+    Announced, Body, ClientFrame, Count, Push, Refusal, Request, Role, RoomChange, RoomCount, RoomCounts, RoomGet,
+    RoomJoin, RoomPublish, RoomTook, Sanction, body, client_frame, push, server_frame,
 };
 use prost::Message;
 
@@ -23,6 +23,9 @@ const GATEWAY: LinkId = LinkId(1);
 const OTHER_GATEWAY: LinkId = LinkId(2);
 /// Over which the test asks.
 const WATCHER: LinkId = LinkId(9);
+const GATEWAYS: [(&str, LinkId); 3] = [("gateway-0", GATEWAY), ("gateway-1", OTHER_GATEWAY), ("gateway-2", WATCHER)];
+/// How long a new owner waits for gateways to announce what they have.
+const ANNOUNCE_WAIT_MS: u64 = 3_000;
 
 /// An owner of the only shard over a store of items, and what it says to gateways.
 struct Owner {
@@ -30,6 +33,8 @@ struct Owner {
     now_ms: u64,
     items: BTreeMap<String, Bytes>,
     commits: u32,
+    /// Rooms read, in order.
+    loads: Vec<String>,
     store_refuses: bool,
     epoch: u64,
     next_request: u64,
@@ -42,8 +47,15 @@ impl Owner {
         Self::with_items(BTreeMap::new(), 1)
     }
 
-    /// The owner at this epoch of a shard with these items.
+    /// The owner at this epoch of a shard with these items, some time after it acquired it.
     fn with_items(items: BTreeMap<String, Bytes>, epoch: u64) -> Self {
+        let mut owner = Self::acquire(items, epoch);
+        owner.pass(ANNOUNCE_WAIT_MS);
+        owner
+    }
+
+    /// The same at once: nothing is announced to it yet.
+    fn acquire(items: BTreeMap<String, Bytes>, epoch: u64) -> Self {
         let limits = Limits { room_history: 3, ..Limits::default() };
         let core = Core::new(MemberId::new("business-0", epoch).unwrap(), limits, Now::default());
         let mut owner = Self {
@@ -51,6 +63,7 @@ impl Owner {
             now_ms: 0,
             items,
             commits: 0,
+            loads: Vec::new(),
             store_refuses: false,
             epoch,
             next_request: 1,
@@ -58,18 +71,24 @@ impl Owner {
             pushes: Vec::new(),
         };
         let command = |command| Input::Command(Command { term: 1, command: Some(command) });
-        let map = control::Map { number: 1, shards: 1, ..control::Map::default() };
+        let gateway = |(name, link): (&str, LinkId)| control::Member {
+            member: gateway_on(link, name).to_string(),
+            role: control::Role::Gateway.into(),
+            ..control::Member::default()
+        };
+        let members = GATEWAYS.map(gateway).to_vec();
+        let map = control::Map { number: 1, shards: 1, members, ..control::Map::default() };
         owner.handle(command(command::Command::Map(map)));
         let row = control::ShardRow { shard: 0, epoch: epoch - 1, owner: String::new() };
         owner.handle(command(command::Command::Acquire(control::Acquire { expected: vec![row] })));
-        owner.link(GATEWAY, "gateway-0");
-        owner.link(OTHER_GATEWAY, "gateway-1");
-        owner.link(WATCHER, "gateway-2");
+        for (name, link) in GATEWAYS {
+            owner.link(link, name);
+        }
         owner
     }
 
     fn link(&mut self, link: LinkId, name: &str) {
-        self.handle(Input::LinkOpened { link, peer: MemberId::new(name, 70 + link.0).unwrap(), role: Role::Gateway });
+        self.handle(Input::LinkOpened { link, peer: gateway_on(link, name), role: Role::Gateway });
     }
 
     fn now(&self) -> Now {
@@ -129,6 +148,7 @@ impl Owner {
             // Names those that are somebody else's.
             StoreCall::Check(_) => StoreAnswer::Check(Vec::new()),
             StoreCall::LoadRoom { room, .. } => {
+                self.loads.push(room.to_string());
                 let get = |key: &str| self.items.get(key).cloned();
                 StoreAnswer::LoadRoom(RoomRows {
                     settings: get(&keys::room(&room)),
@@ -136,6 +156,9 @@ impl Owner {
                     counted: get(keys::counted()),
                 })
             }
+            StoreCall::Scrub { .. } => StoreAnswer::Scrub(store::Scrubbed::default()),
+            // A shard that leaves does not get away.
+            StoreCall::Release(_) => return Err(StoreError::refused("for the test")),
             StoreCall::Commit(_) if self.store_refuses => {
                 return Err(StoreError::refused("for the test"));
             }
@@ -173,20 +196,18 @@ impl Owner {
     }
 
     fn join(&mut self, link: LinkId, viewers: u32) -> im_proto::link::RoomJoined {
-        match self.ask(link, body::Body::RoomJoin(RoomJoin { room: ROOM.into(), viewers })) {
+        self.join_with(link, RoomJoin { viewers, ..RoomJoin::default() })
+    }
+
+    fn join_with(&mut self, link: LinkId, join: RoomJoin) -> im_proto::link::RoomJoined {
+        match self.ask(link, body::Body::RoomJoin(RoomJoin { room: ROOM.into(), ..join })) {
             Some(Outcome::RoomJoined(joined)) => joined,
             other => panic!("{other:?}"),
         }
     }
 
     fn publish(&mut self, sender: &str, payload: &[u8]) -> Result<(), Refusal> {
-        let publish = RoomPublish {
-            room: ROOM.into(),
-            sender: sender.into(),
-            device: "phone".into(),
-            payload: Bytes::copy_from_slice(payload),
-        };
-        match self.ask(GATEWAY, body::Body::RoomPublish(publish)) {
+        match self.ask(GATEWAY, publish(sender, payload)) {
             Some(Outcome::Done(_)) => Ok(()),
             Some(Outcome::Refused(refused)) => Err(refused.code()),
             other => panic!("{other:?}"),
@@ -223,6 +244,19 @@ impl Owner {
         self.pushes.retain(|(to, push)| *to != link || !matches!(push, push::Push::RoomMessage(_)));
         numbers
     }
+}
+
+fn gateway_on(link: LinkId, name: &str) -> MemberId {
+    MemberId::new(name, 70 + link.0).unwrap()
+}
+
+fn publish(sender: &str, payload: &[u8]) -> body::Body {
+    body::Body::RoomPublish(RoomPublish {
+        room: ROOM.into(),
+        sender: sender.into(),
+        device: "phone".into(),
+        payload: Bytes::copy_from_slice(payload),
+    })
 }
 
 fn counts(number: u64, viewers: u32, counted: &[(&str, u64)]) -> body::Body {
@@ -284,6 +318,7 @@ fn counts_are_summed_and_told_once_per_interval() {
     let mut owner = Owner::new();
     owner.join(GATEWAY, 0);
     owner.join(OTHER_GATEWAY, 0);
+    owner.join_with(WATCHER, RoomJoin { unwatched: true, ..RoomJoin::default() });
     owner.pass(5_000);
     owner.pushes.clear();
     let commits = owner.commits;
@@ -301,6 +336,7 @@ fn counts_are_summed_and_told_once_per_interval() {
     }
     let told: Vec<_> = owner.pushes.iter().filter(|(_, push)| matches!(push, push::Push::RoomStats(_))).collect();
     assert!((2..=4).contains(&told.len()), "each gateway is told once or twice: {told:?}");
+    assert!(told.iter().all(|(link, _)| *link != WATCHER), "where nobody watches nothing is told");
     let push::Push::RoomStats(stats) = &told.last().unwrap().1 else { unreachable!() };
     assert_eq!(stats.viewers, 7);
 }
@@ -390,4 +426,122 @@ fn moderation_is_enforced_and_survives_the_owner() {
     );
     assert_eq!(next.join(OTHER_GATEWAY, 1).kicked.len(), 1, "and those that come later, too");
     assert_eq!(next.publish("eve", b"x"), Err(Refusal::Sanctioned));
+}
+
+/// What comes together when a shard moves: gateways resend what the last owner did not answer, and then say which rooms they are in.
+#[test]
+fn messages_wait_until_all_gateways_have_announced_their_rooms() {
+    let mut owner = Owner::acquire(BTreeMap::new(), 2);
+    let (resent, one) = owner.request(publish("ann", b"one"), true);
+    let (new, two) = owner.request(publish("ann", b"two"), false);
+    let join = |last| body::Body::RoomJoin(RoomJoin { room: ROOM.into(), viewers: 1, last, ..RoomJoin::default() });
+    let (_, joins) = owner.request(join(6), true);
+    let (_, announced) = owner.request(body::Body::Announced(Announced {}), false);
+    owner.frame(GATEWAY, vec![one, two, joins, announced]);
+    assert!(!owner.replies.contains_key(&resent) && !owner.replies.contains_key(&new), "others may be in the room");
+    owner.ask(WATCHER, body::Body::Announced(Announced {})).unwrap();
+    let (_, joins) = owner.request(join(7), false);
+    let (_, announced) = owner.request(body::Body::Announced(Announced {}), false);
+    owner.frame(OTHER_GATEWAY, vec![joins, announced]);
+    for id in [resent, new] {
+        assert!(matches!(owner.replies[&id], Outcome::Done(_)));
+    }
+    assert_eq!(owner.messages(GATEWAY), [8, 9], "numbers go on");
+    assert_eq!(owner.messages(OTHER_GATEWAY), [8, 9]);
+}
+
+#[test]
+fn messages_wait_for_a_gateway_that_says_nothing_only_so_long_and_only_so_many() {
+    let mut owner = Owner::acquire(BTreeMap::new(), 2);
+    owner.join(GATEWAY, 1);
+    let mut waiting = Vec::new();
+    for _ in 0..21 {
+        let (id, frame) = owner.request(publish("ann", &vec![0; 200 << 10]), false);
+        owner.frame(GATEWAY, vec![frame]);
+        waiting.push(id);
+    }
+    assert_eq!(owner.publish("ann", b"more"), Err(Refusal::Busy));
+    assert!(waiting.iter().all(|id| !owner.replies.contains_key(id)));
+    owner.pass(ANNOUNCE_WAIT_MS);
+    assert!(waiting.iter().all(|id| owner.replies.contains_key(id)));
+    assert_eq!(owner.messages(GATEWAY)[0], 1);
+    assert_eq!(owner.publish("ann", b"more"), Err(Refusal::Busy), "its hands are full");
+}
+
+#[test]
+fn a_shard_that_leaves_and_a_link_that_ends_take_with_them_what_waits() {
+    let mut owner = Owner::acquire(BTreeMap::new(), 2);
+    owner.join(OTHER_GATEWAY, 1);
+    let (_, frame) = owner.request(publish("ann", b"lost with the link"), false);
+    owner.frame(GATEWAY, vec![frame]);
+    owner.handle(Input::LinkClosed { link: GATEWAY });
+    owner.pass(ANNOUNCE_WAIT_MS);
+    assert!(owner.messages(OTHER_GATEWAY).is_empty(), "it comes again over the next link");
+
+    let mut owner = Owner::acquire(BTreeMap::new(), 2);
+    owner.join(GATEWAY, 1);
+    let (id, frame) = owner.request(publish("ann", b"for the next owner"), false);
+    owner.frame(GATEWAY, vec![frame]);
+    owner.handle(Input::ReleaseAll);
+    owner.pass(ANNOUNCE_WAIT_MS);
+    assert!(owner.messages(GATEWAY).is_empty());
+    assert!(!owner.replies.contains_key(&id));
+}
+
+#[test]
+fn gateways_without_viewers_get_no_messages_and_do_not_make_room_for_them() {
+    let mut owner = Owner::new();
+    owner.join(GATEWAY, 1);
+    owner.join(OTHER_GATEWAY, 0);
+    while owner.publish("ann", &[0; 10_000]).is_ok() {
+        assert!(owner.messages(GATEWAY).last().unwrap() < &100, "who only watches the statistics has no hands");
+    }
+    assert_eq!((owner.messages(OTHER_GATEWAY), owner.core.stats().room_dropped), (vec![], 0));
+    owner.join(OTHER_GATEWAY, 1);
+    assert_eq!(owner.publish("ann", b"more"), Ok(()));
+    assert_eq!(owner.messages(OTHER_GATEWAY).len(), 1);
+    owner.join(OTHER_GATEWAY, 0);
+    assert_eq!(owner.publish("ann", b"more"), Err(Refusal::Busy), "to join again frees no hands");
+}
+
+#[test]
+fn a_room_with_all_the_gifts_it_can_count_says_so_and_counts_likes() {
+    let mut owner = Owner::new();
+    owner.join(GATEWAY, 1);
+    let names: Vec<String> = (0..65).map(|number| format!("gift/{number:02}")).collect();
+    let gifts: Vec<(&str, u64)> = names.iter().map(|name| (name.as_str(), 1)).collect();
+    let refused = |outcome: Option<Outcome>| match outcome {
+        Some(Outcome::RoomCounted(counted)) => counted.refused.into_iter().map(|refused| refused.name).collect(),
+        Some(Outcome::Done(_)) => Vec::new(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(owner.ask(GATEWAY, counts(1, 1, &gifts))), ["gift/64"]);
+    assert_eq!(refused(owner.ask(GATEWAY, counts(1, 1, &gifts))), ["gift/64"], "the same when it is sent again");
+    let all = [("gift/64", 1), ("gift/00", 1), ("like", 5)];
+    assert_eq!(refused(owner.ask(GATEWAY, counts(2, 1, &all))), ["gift/64"]);
+    assert_eq!(refused(owner.ask(GATEWAY, counts(3, 1, &[("like", 5)]))), Vec::<String>::new());
+    assert_eq!(owner.totals().1, 10, "nothing takes the likes' place");
+}
+
+#[test]
+fn rooms_that_nobody_needs_leave_memory_while_others_are_written() {
+    let mut owner = Owner::new();
+    owner.totals();
+    owner.store_refuses = true;
+    let counted = vec![Count { name: "like".into(), count: 3 }];
+    let rooms = vec![RoomCount { room: "busy".into(), viewers: 0, counted }];
+    let counts = |number| body::Body::RoomCounts(RoomCounts { number, rooms: rooms.clone() });
+    let (id, frame) = owner.request(counts(1), true);
+    owner.frame(GATEWAY, vec![frame]);
+    for _ in 0..90 {
+        owner.pass(1_000);
+    }
+    assert_eq!(owner.loads, [ROOM, "busy"]);
+    assert!(!owner.replies.contains_key(&id), "what was sent before is not refused");
+    owner.store_refuses = false;
+    owner.pass(1_000);
+    assert!(matches!(owner.replies[&id], Outcome::Done(_)));
+    owner.totals();
+    assert_eq!(owner.loads, [ROOM, "busy", ROOM], "the idle one was forgotten, the other not");
+    assert!(owner.items.contains_key(&keys::room_counts("busy")), "it is stored");
 }

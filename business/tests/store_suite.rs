@@ -21,8 +21,8 @@ use im_business::store::remote::Remote;
 use im_business::store::server::serve;
 use im_business::store::sqlite::Sqlite;
 use im_business::store::{
-    Acquired, Claim, Duplicate, LogEntry, LogRange, OpenError, Outcome, POS_MAX, Put, Released, ShardBatch, ShardRow,
-    Store, StoreError, Tail,
+    Acquired, Claim, Duplicate, LogEntry, LogRange, OpenError, Outcome, POS_MAX, Put, Released, ScrubAt, ShardBatch,
+    ShardRow, Store, StoreError, Tail,
 };
 use im_proto::ids::MemberId;
 use im_proto::token::SharedToken;
@@ -76,6 +76,18 @@ impl Party {
     async fn commit_one(&self, batch: ShardBatch) -> Outcome {
         self.commit(vec![batch]).await.remove(0)
     }
+}
+
+/// The holes of a shard, looked for in parts.
+async fn holes(store: &Arc<dyn Store>, shard: u32) -> Vec<String> {
+    let mut next = Some(ScrubAt::default());
+    let mut holes = Vec::new();
+    while let Some(after) = next {
+        let scrubbed = store.scrub(shard, after, 2).await.unwrap();
+        holes.extend(scrubbed.holes);
+        next = scrubbed.next;
+    }
+    holes
 }
 
 fn members() -> (MemberId, MemberId) {
@@ -430,10 +442,12 @@ async fn ranges_have_limits(a: &Party, shard: u32) {
 }
 
 async fn holes_are_seen(a: &Party, first: u32) {
-    let (hole, behind, beyond) = (first, first + 1, first + 2);
-    for shard in [hole, behind, beyond] {
+    let (hole, behind, beyond, written) = (first, first + 1, first + 2, first + 3);
+    for shard in [hole, behind, beyond, written] {
         a.take_new(shard).await;
     }
+    let three = [1, 2, 3].map(|n| entry("g/x", n, n, &format!("k{n}"), b"m")).to_vec();
+    assert_eq!(a.commit_one(appends(written, 1, three)).await, Outcome::Committed);
     let gap = |shard| {
         appends(
             shard,
@@ -443,22 +457,34 @@ async fn holes_are_seen(a: &Party, first: u32) {
     };
     assert_eq!(a.commit_one(gap(hole)).await, Outcome::Committed);
     assert!(a.take(&a.row(hole, 1)).await.hole);
-    let holes = a.store.scrub(hole).await.unwrap();
     assert_eq!(
-        holes,
+        holes(&a.store, hole).await,
         [format!("shard {hole}: pos 3 to 4 are missing"), format!("shard {hole}: conversation g/x: seq 4 is missing")]
     );
 
     // Below the watermark a hole is no news at an acquire; the scrubber still finds it.
     assert_eq!(a.commit_one(ShardBatch { watermark: Some(5), ..gap(behind) }).await, Outcome::Committed);
     assert!(!a.take(&a.row(behind, 1)).await.hole);
-    assert_eq!(a.store.scrub(behind).await.unwrap().len(), 2);
+    assert_eq!(holes(&a.store, behind).await.len(), 2);
+
+    // What is written between two looks is no hole: not behind the first one, and not where it has been.
+    let begun = a.store.scrub(written, ScrubAt::default(), 2).await.unwrap();
+    let more = [("g/a", 1, 4), ("g/x", 4, 5), ("g/y", 1, 6)].map(|(c, s, p)| entry(c, s, p, &format!("k{p}"), b"m"));
+    let more = ShardBatch { watermark: Some(6), ..appends(written, 1, more.to_vec()) };
+    assert_eq!(a.commit_one(more).await, Outcome::Committed);
+    let mut next = begun.next.clone();
+    while let Some(after) = next {
+        let scrubbed = a.store.scrub(written, after, 2).await.unwrap();
+        assert_eq!(scrubbed.holes, [] as [String; 0]);
+        next = scrubbed.next;
+    }
+    assert!(begun.holes.is_empty() && begun.next.is_some(), "{begun:?}");
 
     // The log ends below its watermark: its end was lost.
     let lost = ShardBatch { shard: beyond, epoch: 1, watermark: Some(2), ..ShardBatch::default() };
     assert_eq!(a.commit_one(lost).await, Outcome::Committed);
     assert!(a.take(&a.row(beyond, 1)).await.hole);
-    assert_eq!(a.store.scrub(beyond).await.unwrap(), [format!("shard {beyond}: pos 1 to 2 are missing")]);
+    assert_eq!(holes(&a.store, beyond).await, [format!("shard {beyond}: pos 1 to 2 are missing")]);
 }
 
 async fn check_names_what_was_lost(a: &Party, b: &Party, first: u32) {
@@ -493,7 +519,7 @@ async fn many_shards_commit_at_once(a: &Party, first: u32) {
         let rows = a.store.since(shard, 0, 100).await.unwrap();
         assert_eq!(seqs(&rows), (1..=ROUNDS * 2).collect::<Vec<_>>(), "shard {shard}");
         assert!(rows.iter().all(|e| e.payload == format!("{shard}/{}", e.seq)), "shard {shard}: {rows:?}");
-        assert_eq!(a.store.scrub(shard).await.unwrap(), [] as [String; 0]);
+        assert_eq!(holes(&a.store, shard).await, [] as [String; 0]);
     }
 }
 
@@ -543,7 +569,7 @@ async fn two_owners_race(a: &Party, b: &Party, shard: u32) {
         *written.lock(),
         "what was acknowledged is what is stored"
     );
-    assert_eq!(a.store.scrub(shard).await.unwrap(), [] as [String; 0]);
+    assert_eq!(holes(&a.store, shard).await, [] as [String; 0]);
     let mut last = 0;
     for row in rows {
         let text = String::from_utf8_lossy(&row.payload).into_owned();
@@ -627,7 +653,7 @@ async fn sqlite_refuses_when_the_disk_is_full_and_recovers() {
     }
     store.set_pages_max(1 << 20).await.unwrap();
     assert_eq!(party.commit_one(batch(1, stored + 1)).await, Outcome::Committed);
-    assert_eq!(party.store.scrub(1).await.unwrap(), [] as [String; 0]);
+    assert_eq!(holes(&party.store, 1).await, [] as [String; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -644,96 +670,6 @@ async fn sqlite_starts_its_log_over_under_load() {
     }
     let bytes = std::fs::metadata(scratch.0.join("store.db-wal")).unwrap().len();
     assert!(bytes < 192 << 20, "the log has {} MiB", bytes >> 20);
-}
-
-/// How fast the whole way is beside one loop that writes the same rows in the same batches. Printed, not asserted: run it alone.
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement; cargo test --test store_suite -- --ignored --nocapture"]
-async fn sqlite_beside_a_bare_loop() {
-    const BATCHES: u64 = 400;
-    const SHARDS: u32 = 64;
-    for rows_per_shard in [1_u64, 4, 16] {
-        let scratch = Scratch::new();
-        let (a, _) = members();
-        let payload = [b'x'; 120];
-        let batch = |shard: u32, n: u64| {
-            let row = |i| {
-                let pos = n * rows_per_shard + i + 1;
-                entry(&format!("u/ann{shard}/bob{}", i % 4), pos / 4 + 1, pos, &format!("device-{pos}"), &payload)
-            };
-            let mut rows: Vec<LogEntry> = (0..rows_per_shard).map(row).collect();
-            for (i, e) in rows.iter_mut().enumerate() {
-                e.seq = n * rows_per_shard + i as u64 + 1;
-            }
-            appends(shard, 1, rows)
-        };
-
-        let store = Arc::new(scratch.sqlite());
-        let claims = (0..SHARDS).map(|shard| Claim { shard, expected_epoch: 0, expected_owner: None }).collect();
-        store.acquire(&a, claims).await.unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let server = tokio::spawn(serve(listener, store.clone(), SharedToken::none()));
-        let remote = Remote::new(&format!("http://{address}"), SharedToken::none()).unwrap();
-        let started = Instant::now();
-        for n in 0..BATCHES {
-            // Four members at once, each with a quarter of the shards.
-            let parts =
-                (0..4).map(|q| remote.commit(&a, (q..SHARDS).step_by(4).map(|shard| batch(shard, n)).collect()));
-            for outcomes in join_all(parts).await {
-                assert!(outcomes.unwrap().iter().all(|o| *o == Outcome::Committed));
-            }
-        }
-        let ours = started.elapsed();
-        server.abort();
-        let wal = std::fs::metadata(scratch.0.join("store.db-wal")).unwrap().len() >> 20;
-        assert!(wal < 100, "the write-ahead log grew to {wal} MiB");
-
-        let bare = rusqlite::Connection::open(scratch.0.join("bare.db")).unwrap();
-        bare.execute_batch(
-            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-             CREATE TABLE log (shard INTEGER, conversation TEXT, seq INTEGER, pos INTEGER, key BLOB, sender TEXT, device TEXT,
-                 kind INTEGER, client_id TEXT, ts_ms INTEGER, payload BLOB, PRIMARY KEY (shard, conversation, seq)) WITHOUT ROWID;
-             CREATE UNIQUE INDEX log_pos ON log (shard, pos); CREATE UNIQUE INDEX log_key ON log (shard, conversation, key);",
-        )
-        .unwrap();
-        let all: Vec<Vec<ShardBatch>> =
-            (0..BATCHES).map(|n| (0..SHARDS).map(|shard| batch(shard, n)).collect()).collect();
-        let started = Instant::now();
-        for batches in &all {
-            bare.execute_batch("BEGIN").unwrap();
-            let mut insert =
-                bare.prepare_cached("INSERT INTO log VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)").unwrap();
-            for b in batches {
-                for e in &b.appends {
-                    let row = rusqlite::params![
-                        b.shard,
-                        e.conversation,
-                        e.seq as i64,
-                        e.pos as i64,
-                        &e.key[..],
-                        e.sender,
-                        e.device,
-                        e.kind,
-                        e.client_id,
-                        e.ts_ms,
-                        &e.payload[..]
-                    ];
-                    insert.execute(row).unwrap();
-                }
-            }
-            bare.execute_batch("COMMIT").unwrap();
-        }
-        let bare = started.elapsed();
-        let rows = BATCHES * u64::from(SHARDS) * rows_per_shard;
-        println!(
-            "{rows} rows, {} in a transaction: store member {:.0}/s, bare loop {:.0}/s, ratio {:.2}",
-            u64::from(SHARDS) * rows_per_shard,
-            rows as f64 / ours.as_secs_f64(),
-            rows as f64 / bare.as_secs_f64(),
-            bare.as_secs_f64() / ours.as_secs_f64()
-        );
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -939,7 +875,7 @@ async fn postgres_may_lose_its_backends_and_restart_under_commits() {
     }
     assert_eq!(rows.len() as u64, *progress.borrow(), "each acknowledged row is there, and no other");
     assert!(rows.iter().all(|e| e.payload == e.pos.to_string()));
-    assert_eq!(b.store.scrub(1).await.unwrap(), [] as [String; 0]);
+    assert_eq!(holes(&b.store, 1).await, [] as [String; 0]);
 }
 
 async fn reached(progress: &watch::Receiver<u64>, count: u64) {
@@ -991,75 +927,6 @@ async fn acquire_anew(party: &Party, epoch: u64) -> Tail {
             }
             Err(_) => tokio::task::yield_now().await,
         }
-    }
-}
-
-/// The same measurement for PostgreSQL; the bare loop inserts by arrays as well, on one connection.
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement; cargo test --test store_suite -- --ignored --nocapture"]
-async fn postgres_beside_a_bare_loop() {
-    const BATCHES: u64 = 150;
-    const SHARDS: u32 = 64;
-    let server = PostgresServer::start().unwrap();
-    let (a, _) = members();
-    let party = postgres(&server.url(), &a).await;
-    let claims = (0..SHARDS).map(|shard| Claim { shard, expected_epoch: 0, expected_owner: None }).collect();
-    party.store.acquire(&a, claims).await.unwrap();
-    let (bare, connection) = tokio_postgres::connect(&server.url(), tokio_postgres::NoTls).await.unwrap();
-    tokio::spawn(connection);
-    bare.batch_execute("CREATE TABLE bare (LIKE log INCLUDING ALL)").await.unwrap();
-    let insert =
-        "INSERT INTO bare SELECT * FROM unnest($1::int4[], $2::text[], $3::int8[], $4::int8[], $5::bytea[], $6::text[],
-        $7::text[], $8::int2[], $9::text[], $10::int8[], $11::bytea[])";
-    let insert = bare.prepare(insert).await.unwrap();
-    let mut first = 1;
-    for rows_per_shard in [1_u64, 4, 16] {
-        let row = |pos| entry("u/ann/bob", pos, pos, &format!("device-{pos}"), &[b'x'; 120]);
-        let batch =
-            |shard, n| appends(shard, 1, (0..rows_per_shard).map(|i| row(first + n * rows_per_shard + i)).collect());
-        let started = Instant::now();
-        for n in 0..BATCHES {
-            let outcomes = party.commit((0..SHARDS).map(|shard| batch(shard, n)).collect()).await;
-            assert!(outcomes.iter().all(|o| *o == Outcome::Committed), "{outcomes:?}");
-        }
-        let ours = started.elapsed();
-        let started = Instant::now();
-        for n in 0..BATCHES {
-            let batches: Vec<ShardBatch> = (0..SHARDS).map(|shard| batch(shard, n)).collect();
-            let rows: Vec<(i32, &LogEntry)> =
-                batches.iter().flat_map(|b| b.appends.iter().map(|e| (b.shard as i32, e))).collect();
-            let texts = |of: fn(&LogEntry) -> &str| rows.iter().map(|(_, e)| of(e)).collect::<Vec<_>>();
-            let numbers = |of: fn(&LogEntry) -> i64| rows.iter().map(|(_, e)| of(e)).collect::<Vec<_>>();
-            let blobs = |of: fn(&LogEntry) -> &[u8]| rows.iter().map(|(_, e)| of(e)).collect::<Vec<_>>();
-            bare.execute(
-                &insert,
-                &[
-                    &rows.iter().map(|(shard, _)| *shard).collect::<Vec<_>>(),
-                    &texts(|e| &e.conversation),
-                    &numbers(|e| e.seq as i64),
-                    &numbers(|e| e.pos as i64),
-                    &blobs(|e| &e.key),
-                    &texts(|e| &e.sender),
-                    &texts(|e| &e.device),
-                    &rows.iter().map(|(_, e)| i16::from(e.kind)).collect::<Vec<_>>(),
-                    &texts(|e| &e.client_id),
-                    &numbers(|e| e.ts_ms),
-                    &blobs(|e| &e.payload),
-                ],
-            )
-            .await
-            .unwrap();
-        }
-        let bare = started.elapsed();
-        first += BATCHES * rows_per_shard;
-        let rows = BATCHES * u64::from(SHARDS) * rows_per_shard;
-        println!(
-            "{rows} rows, {} in a transaction: PostgreSQL store {:.0}/s, bare loop {:.0}/s, ratio {:.2}",
-            u64::from(SHARDS) * rows_per_shard,
-            rows as f64 / ours.as_secs_f64(),
-            rows as f64 / bare.as_secs_f64(),
-            bare.as_secs_f64() / ours.as_secs_f64()
-        );
     }
 }
 
@@ -1168,5 +1035,5 @@ async fn cut_off_commits(party: &Party, behind: &Arc<dyn Store>, proxy: &Proxy) 
     let tail = acquire_anew(party, epoch).await;
     assert_eq!((tail.head_pos, tail.hole), (3, false), "it is not there");
     assert_eq!(party.commit_one(batch(tail.epoch, 4)).await, Outcome::Committed);
-    assert_eq!(behind.scrub(1).await.unwrap(), [] as [String; 0]);
+    assert_eq!(holes(behind, 1).await, [] as [String; 0]);
 }

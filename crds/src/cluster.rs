@@ -565,7 +565,8 @@ impl Default for Rebalance {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Messages {
-    /// How long the same message id of one sender's device stands for the same message.
+    /// How long at least the same message id of one sender's device stands for the same message. Today ids are kept as long as the
+    /// messages.
     pub dedup_window: TimeSpan,
     /// Messages of one conversation that a new device gets; older ones come by the HTTP API.
     #[schemars(range(min = 1, max = 100_000))]

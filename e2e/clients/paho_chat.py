@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Chats with paho-mqtt: 1:1 both ways, a group, offline and back, two devices, MQTT 3.1.1. Exits 1 on a violation.
+"""Chats with paho-mqtt: 1:1 both ways, read marks, a group, offline and back, two devices, MQTT 3.1.1. Exits 1 on a violation.
 
 With --resume 5 or 3.1.1 one person writes to another until a line comes on standard input; meanwhile gateways may die.
 
@@ -32,19 +32,19 @@ def expect(condition, text):
 
 
 class Device:
-    """One device of one person; what comes in waits in `inbox`."""
+    """One device of one person; messages that come in wait in `inbox`, read marks in `marks`."""
 
     def __init__(self, args, user, device, version=mqtt.MQTTv5):
         self.user, self.version = user, version
         self.inbox, self.acks, self.subacks = queue.Queue(), queue.Queue(), queue.Queue()
-        self.connacks, self.ends = queue.Queue(), queue.Queue()
+        self.connacks, self.ends, self.marks = queue.Queue(), queue.Queue(), queue.Queue()
         clean = {} if version == mqtt.MQTTv5 else {"clean_session": False}
         self.client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=device, protocol=version, **clean)
         self.client.username_pw_set(user, "any")
         self.client.on_connect = lambda _c, _u, flags, code, _p: self.connacks.put((flags.session_present, code))
         self.client.on_disconnect = lambda *_: self.ends.put(None)
         self.client.reconnect_delay_set(1, 2)
-        self.client.on_message = lambda _c, _u, message: self.inbox.put(message)
+        self.client.on_message = lambda _c, _u, message: self.sort(message)
         self.client.on_publish = lambda _c, _u, _mid, code, props: self.acks.put((code, props))
         self.client.on_subscribe = lambda _c, _u, _mid, codes, _p: self.subacks.put(codes)
         self.args = args
@@ -66,6 +66,9 @@ class Device:
             expect(codes[0].value == 1, f"SUBSCRIBE inbox/# was granted {codes}")
         return self
 
+    def sort(self, message):
+        (self.marks if message.topic.startswith("inbox/read/") else self.inbox).put(message)
+
     def disconnect(self):
         self.client.disconnect()
         self.ends.get(timeout=PATIENCE_SECONDS)
@@ -83,25 +86,33 @@ class Device:
         if self.version != mqtt.MQTTv5:
             return None
         found = dict(getattr(answer, "UserProperty", []))
-        expect("seq" in found and "ts" in found, f"the PUBACK has no seq or ts: {found}")
+        expect("seq" in found and ("ts" in found or topic.startswith("read/")), f"the PUBACK has no seq or ts: {found}")
         return int(found["seq"])
+
+    def hear_read(self, topic, seq):
+        """Waits until somebody has read a conversation up to `seq`; marks before that are of no more interest."""
+        found = None
+        while found != (topic, str(seq)):
+            try:
+                message = self.marks.get(timeout=PATIENCE_SECONDS)
+            except queue.Empty:
+                raise Violation(f"{self.user} was not told {seq} on {topic}, last of all {found}") from None
+            found = (message.topic, message.payload.decode())
 
     def receive(self, topic, text):
         """Waits for the next chat message, which must be this one, and gives its seq."""
-        while True:
-            try:
-                message = self.inbox.get(timeout=PATIENCE_SECONDS)
-            except queue.Empty:
-                raise Violation(f"{self.user} did not get {text!r} on {topic}") from None
-            # Read marks and joins come in between and are no chat messages.
-            if not message.topic.startswith("inbox/read/") and "/$system" not in message.topic:
-                break
+        try:
+            message = self.inbox.get(timeout=PATIENCE_SECONDS)
+        except queue.Empty:
+            raise Violation(f"{self.user} did not get {text!r} on {topic}") from None
         found, seq = message.topic, None
         if self.version == mqtt.MQTTv5:
             seq = dict(getattr(message.properties, "UserProperty", [])).get("seq")
         else:
             found, _, seq = found.rpartition("/")
         got = (found, message.payload.decode())
+        if isinstance(text, dict):
+            got = (found, json.loads(got[1]))
         expect(got == (topic, text), f"{self.user} got {got} instead of {(topic, text)}")
         expect(seq is not None, f"{topic} came without seq")
         return int(seq)
@@ -142,14 +153,31 @@ def chat(args, version):
         expect(bobs.receive(f"inbox/u/{alice}/{alice}", f"missed {number}") == number, "wrong seq")
         expect(laptop.receive(f"inbox/u/{bob}/{alice}", f"missed {number}") == number, "wrong seq")
 
-    print("a group")
+    print("read marks: both devices of the peer hear of them; they only grow, and not beyond the head")
+    for asked, marked, is_new in ((50, 50, True), (10, 50, False), (1000, 102, True)):
+        expect(bobs.send(f"read/u/{alice}", str(asked)) in (marked, None), f"read up to {asked} is not {marked}")
+        for device in (phone, laptop) if is_new else ():
+            device.hear_read(f"inbox/read/u/{bob}", marked)
+
+    print("a group: joins and leaves are messages, read marks are for one's other devices")
     http(args, "PUT", f"/v1/groups/{group}", alice, {"members": [alice, bob]})
-    phone.send(f"g/{group}", "to all")
-    first = bobs.receive(f"inbox/g/{group}/{alice}", "to all")
-    expect(laptop.receive(f"inbox/g/{group}/{alice}", "to all") == first, "two numbers for one message")
-    bobs.send(f"g/{group}", "from bob")
+    created = {"event": "created", "users": [alice, bob], "by": alice}
+    for device in (phone, laptop, bobs):
+        expect(device.receive(f"inbox/g/{group}/$system", created) == 1, "creating is not number 1")
+    expect(phone.send(f"g/{group}", "to all") in (2, None), "the first message is not number 2")
+    for device in (bobs, laptop):
+        expect(device.receive(f"inbox/g/{group}/{alice}", "to all") == 2, "wrong seq in the group")
+    expect(bobs.send(f"g/{group}", "from bob") in (3, None), "the second message is not number 3")
     for device in (phone, laptop):
-        expect(device.receive(f"inbox/g/{group}/{bob}", "from bob") == first + 1, "wrong seq in the group")
+        expect(device.receive(f"inbox/g/{group}/{bob}", "from bob") == 3, "wrong seq in the group")
+    expect(phone.send(f"read/g/{group}", "3") in (3, None), "read up to 3 is something else")
+    laptop.hear_read(f"inbox/read/g/{group}", 3)
+    http(args, "DELETE", f"/v1/groups/{group}/members/{bob}", alice)
+    left = {"event": "left", "users": [bob], "by": alice}
+    for device in (phone, laptop, bobs):
+        expect(device.receive(f"inbox/g/{group}/$system", left) == 4, "leaving is not number 4")
+    phone.send(f"g/{group}", "without bob")
+    expect(laptop.receive(f"inbox/g/{group}/{alice}", "without bob") == 5, "wrong seq in the group")
     for device in (phone, laptop, bobs):
         device.expect_nothing_unread()
         device.disconnect()
@@ -176,8 +204,6 @@ def resume(args, version):
             message = bobs.inbox.get(timeout=RESUME_PATIENCE_SECONDS)
         except queue.Empty:
             raise Violation(f"{bob} has {last!r} as the last of {sent}") from None
-        if message.topic.startswith("inbox/read/"):
-            continue
         if version == mqtt.MQTTv5:
             seq = int(dict(message.properties.UserProperty)["seq"])
         else:

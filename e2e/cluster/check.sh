@@ -11,7 +11,7 @@ trap 'kubectl delete namespace $namespace --ignore-not-found --wait=false >/dev/
 
 step "check: pods, names, services"
 kubectl create namespace $namespace --dry-run=client --output yaml | kubectl apply --filename - >/dev/null
-kubectl --namespace $namespace apply --filename "$CLUSTER_DIR/manifests/check/" >/dev/null
+manifests "$CLUSTER_DIR"/manifests/check/*.yaml | kubectl --namespace $namespace apply --filename - >/dev/null
 kubectl --namespace $namespace rollout status deployment/answer --timeout=90s >/dev/null || fail "pods don't become ready"
 
 # `inside COMMAND…`: its output in a pod of the cluster.

@@ -49,6 +49,24 @@ wait_for() {
     done
 }
 
+# Starts the calling script anew as the only one that changes the cache, the engine or clusters: checkouts share them. What it
+# starts has the lock by that, what outlives it has not: `alone "$@"`.
+alone() {
+    if [ -n "${CACHE_LOCK:-}" ] || ! command -v flock >/dev/null; then return 0; fi
+    mkdir -p "$CACHE"
+    flock --nonblock "$CACHE/lock" true || step "waiting for another run that has $CACHE/lock"
+    CACHE_LOCK=held exec flock --close "$CACHE/lock" "$0" "$@"
+}
+
+# Prints manifests, with the images of ours where the nodes find them.
+manifests() {
+    local file
+    for file in "$@"; do
+        echo ---
+        sed "s#image: localhost/#image: ${E2E_REGISTRY:-localhost}/#" "$file"
+    done
+}
+
 # One hash over the content and names of files and folders, and over further words after `--`.
 content_key() {
     local paths=()

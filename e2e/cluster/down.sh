@@ -4,6 +4,7 @@ set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
 [ -e "$STATE/driver" ] || exit 0
+alone "$@"
 # shellcheck source=/dev/null
 . "$CLUSTER_DIR/drivers/$(cat "$STATE/driver").sh"
 cluster_down

@@ -7,7 +7,13 @@ set -uo pipefail
 [ ! -e "$STATE/env" ] || . "$STATE/env"
 folder="${1:?usage: dump.sh FOLDER}"
 mkdir -p "$folder"
+# What drivers and the engine wrote: all there is when the cluster did not come up.
+cp "$STATE"/*.log "$CACHE"/log/{dockerd,kind-create}.log "$folder" 2>/dev/null
 kubectl() { timeout 60 "$(type -P kubectl)" "$@" 2>&1; }
+if ! kubectl get --raw /readyz >/dev/null; then
+    echo "--- the API server does not answer; logs: $folder"
+    exit
+fi
 
 kubectl get pods --all-namespaces --output wide | tee "$folder/pods.txt"
 kubectl get all,configmaps,persistentvolumeclaims,poddisruptionbudgets,networkpolicies,leases --all-namespaces --output wide >"$folder/objects.txt"

@@ -11,11 +11,22 @@ set -euo pipefail
 socket="$ENGINE_RUN/docker.sock"
 pid_file="$ENGINE_RUN/docker.pid"
 ours() { DOCKER_HOST="unix://$socket" timeout 10 docker info >/dev/null 2>&1; }
+# A dockerd of another cache folder has the same socket and pid file, and is not ours to end.
+lives() {
+    local command
+    command="$(tr '\0' ' ' 2>/dev/null <"/proc/$(cat "$pid_file" 2>/dev/null)/cmdline")" || return 1
+    case $command in *"dockerd --config-file $CACHE/engine/daemon.json "*) ;; *) return 1 ;; esac
+}
 
 start() {
     mkdir -p "$CACHE"
     if ours; then return; fi
     if timeout 10 docker info >/dev/null 2>&1; then return; fi
+    # On a busy machine an engine may live and not answer in time. A second one is never started beside it.
+    if lives; then
+        wait_for 60 ours || fail "dockerd (pid $(cat "$pid_file")) did not answer within 60 s; its log: $CACHE/log/dockerd.log"
+        return
+    fi
     [ "$(uname -s)" = Linux ] && [ "$(id -u)" = 0 ] ||
         fail "no container engine answers (docker info), and starting one needs root on Linux. Start Docker and run this again."
     debian_packages dockerd=docker.io docker=docker.io runc=runc containerd=containerd jq=jq iptables=iptables
@@ -36,16 +47,21 @@ start() {
 }
 JSON
     setsid dockerd --config-file "$CACHE/engine/daemon.json" >"$CACHE/log/dockerd.log" 2>&1 </dev/null &
+    local child=$!
     if ! wait_for 60 ours; then
         tail -n 20 "$CACHE/log/dockerd.log" >&2
         fail "dockerd did not answer within 60 s; its log: $CACHE/log/dockerd.log"
     fi
+    [ "$(cat "$pid_file")" = "$child" ] || fail "another dockerd (pid $(cat "$pid_file")) was started meanwhile: run this again"
+    # Nodes whose engine was killed under them come back half started; the images are what is worth keeping.
+    DOCKER_HOST="unix://$socket" docker ps --all --quiet |
+        DOCKER_HOST="unix://$socket" xargs --no-run-if-empty docker rm --force --volumes >"$CACHE/log/engine-leftovers.log"
 }
 
 stop() {
     local pid
-    pid="$(cat "$pid_file" 2>/dev/null)" || return 0
-    [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ] || return 0
+    lives || return 0
+    pid="$(cat "$pid_file")"
     if ours && [ -n "$(DOCKER_HOST="unix://$socket" docker ps -q)" ]; then
         step "dockerd goes on: other containers run in it"
         return 0

@@ -7,8 +7,8 @@ cd "$(dirname "$0")/../.."
 export STATE="$PWD/.run/fleet" KUBECONFIG="$PWD/.run/fleet/kubeconfig"
 # shellcheck source=common.sh
 . e2e/cluster/common.sh
-e2e/cluster/up.sh api
 trap 'e2e/cluster/down.sh' EXIT
+e2e/cluster/up.sh api
 cargo build --workspace --bins --quiet ${PROFILE:+--profile "$PROFILE"}
 export IM_FLEET_CLUSTERS="${1:-200}" IM_FLEET_MEMBERS="${2:-50}"
 IM_FLEET_OPERATOR="$PWD/${CARGO_TARGET_DIR:-target}/${PROFILE:-debug}/imcluster" \

@@ -4,6 +4,7 @@
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
+alone "$@"
 # shellcheck source=debian.sh
 . "$CLUSTER_DIR/debian.sh"
 

@@ -4,6 +4,7 @@
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
+alone "$@"
 
 # The packages of a module's programs.
 packages_of() {

@@ -12,6 +12,7 @@
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
+alone "$@"
 driver="${1:-kind}"
 driver_script="$CLUSTER_DIR/drivers/$driver.sh"
 [ -e "$driver_script" ] || fail "no driver '$driver'; there are: $(cd "$CLUSTER_DIR/drivers" && echo *.sh | sed 's/\.sh//g')"
@@ -21,6 +22,8 @@ if [ -e "$STATE/driver" ] && [ "$(cat "$STATE/driver")" != "$driver" ]; then
     fail "a cluster of driver '$(cat "$STATE/driver")' is up; end it first: e2e/cluster/down.sh"
 fi
 echo "$driver" >"$STATE/driver"
+# Whoever brings it up by hand wants to find it again; run.sh says by KEEP what it wants.
+[ -z "${KEEP-1}" ] || touch "$STATE/keep"
 # shellcheck source=/dev/null
 . "$driver_script"
 cluster_up

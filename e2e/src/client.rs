@@ -899,14 +899,12 @@ fn back_off(attempt: u32) -> Duration {
     bound.mul_f64(rand::random_range(0.1..1.0))
 }
 
-/// The notice on `inbox/refused` names the packet id and a reason; several spellings are understood.
+/// The notice on `inbox/refused` names the packet id and a reason.
 fn parse_refusal(payload: &[u8]) -> Option<(u16, Outcome)> {
     let notice: serde_json::Value = serde_json::from_slice(payload).ok()?;
-    let number = |names: &[&str]| names.iter().find_map(|name| notice.get(name)?.as_u64());
-    let packet_id = u16::try_from(number(&["packetId", "packet_id"])?).ok()?;
-    let code = number(&["code", "reasonCode", "reason_code"]).and_then(|code| u8::try_from(code).ok()).unwrap_or(0x80);
+    let packet_id = u16::try_from(notice.get("packetId")?.as_u64()?).ok()?;
     let reason = notice.get("reason").and_then(|reason| reason.as_str()).map(str::to_owned);
-    Some((packet_id, Outcome::Refused { code, reason }))
+    Some((packet_id, Outcome::Refused { code: 0x80, reason }))
 }
 
 #[cfg(test)]
@@ -1065,9 +1063,9 @@ mod tests {
 
     #[test]
     fn refusals_of_3_1_1_are_understood_and_other_notices_skipped() {
-        let refused = parse_refusal(br#"{"packetId": 7, "topic": "g/x", "code": 135, "reason": "no member"}"#);
+        let refused = parse_refusal(br#"{"packetId": 7, "topic": "g/x", "reason": "no member"}"#);
         let reason = Some("no member".to_owned());
-        assert_eq!(refused, Some((7, Outcome::Refused { code: 135, reason })));
+        assert_eq!(refused, Some((7, Outcome::Refused { code: 0x80, reason })));
         assert_eq!(parse_refusal(b"{}"), None);
         assert_eq!(parse_refusal(b"\xff"), None);
     }

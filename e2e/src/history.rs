@@ -347,8 +347,6 @@ struct Conversation {
     members: Vec<Membership>,
     /// Slot of seq 1, 2, 3 …
     slots: Vec<Slot>,
-    /// Numbers up to here were given before this history began.
-    base: u32,
     first_event: u32,
 }
 
@@ -529,13 +527,8 @@ impl History {
     fn add_conversation(&mut self, name: String, group: bool, members: Vec<Membership>) -> ConversationId {
         let id = ConversationId(index(self.conversations.len()));
         let first_event = self.events;
-        self.conversations.push(Conversation { name, group, members, slots: Vec::new(), base: 0, first_event });
+        self.conversations.push(Conversation { name, group, members, slots: Vec::new(), first_event });
         id
-    }
-
-    /// Numbers up to `seq` were given out before this history began: nobody here is owed them.
-    pub fn starts_after(&mut self, conversation: ConversationId, seq: u64) {
-        self.conversations[conversation.0 as usize].base = u32::try_from(seq).unwrap_or(u32::MAX);
     }
 
     /// Takes one event, seen at `at` since the beginning. Gives the latency that an ack or a live delivery shows.
@@ -779,7 +772,7 @@ impl History {
     /// Writes down that a number shows a message; a number or a message that is already taken otherwise is a violation.
     fn place(&mut self, conversation: ConversationId, seq: u64, slot: Slot) -> Option<u32> {
         let room = &mut self.conversations[conversation.0 as usize];
-        let known = u64::from(room.base).max(room.slots.len() as u64);
+        let known = room.slots.len() as u64;
         if seq == 0 || seq > known + SEQ_JUMP_MAX {
             let name = room.name.clone();
             self.violations.add(Kind::Gap, || format!("{name}: the number {seq} after {known} can't be true"));
@@ -829,9 +822,6 @@ impl History {
     fn is_owed(&self, session: SessionId, room: &Conversation, members: &[&Membership], seq: u32, slot: Slot) -> bool {
         let state = &self.sessions[session.0 as usize];
         let (Some(subscribed), false) = (state.subscribed, state.ended) else { return false };
-        if seq <= room.base {
-            return false;
-        }
         let message = match slot {
             Slot::Unseen => return false,
             Slot::Ours(place) => Some(&self.messages[place as usize]),
@@ -1027,7 +1017,7 @@ impl History {
         for (place, room) in self.conversations.iter().enumerate() {
             // Log entries of a group's beginning may have been seen by nobody who is here.
             let first_seen = room.slots.iter().position(|slot| *slot != Slot::Unseen).unwrap_or(0);
-            let start = (room.base as usize).max(if room.group { first_seen } else { 0 });
+            let start = if room.group { first_seen } else { 0 };
             let holes: Vec<u32> = (start..room.slots.len())
                 .filter(|position| room.slots[*position] == Slot::Unseen)
                 .map(|position| index(position + 1))

@@ -5,6 +5,7 @@ pub mod api;
 pub mod audience;
 pub mod client;
 pub mod history;
+pub mod machine;
 pub mod view;
 pub mod wire;
 pub mod workload;

@@ -4,7 +4,7 @@
 mod room;
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     io::{IsTerminal, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
@@ -23,6 +23,7 @@ use im_e2e::{
     api::{Api, ApiError, Credential},
     client::{Client, ClientError, Connection, Event, Observer, Options, Outcome, PublishError, State},
     history::{Report, micros, new_latency_histogram},
+    machine::cpu_seconds,
     view::{self, Member, Snapshot, Status},
     wire,
     workload::{Journal, Meter, Schedule, Spacing, Zipf, evening},
@@ -124,7 +125,7 @@ struct Steady {
     /// Seconds of load before measuring.
     #[arg(long, default_value_t = 2)]
     warmup: u64,
-    /// How many others each client writes to: its next neighbours. 0 = anybody, so that most messages open a conversation.
+    /// How many others each client writes to: its next neighbours. 0 = anybody, so that many messages open a conversation.
     #[arg(long, default_value_t = 0)]
     peers: u32,
     /// Bytes of a message.
@@ -136,6 +137,9 @@ struct Steady {
     /// Against a general broker: clients subscribe to the topic `u/{user}` itself.
     #[arg(long)]
     broker: bool,
+    /// Processes whose CPU time is measured as well, from the end of the warm-up until the last answer; --cpu-of PID,PID …
+    #[arg(long, value_delimiter = ',')]
+    cpu_of: Vec<u32>,
     /// Check every message with the history checker, too.
     #[arg(long, conflicts_with = "broker")]
     check: bool,
@@ -738,10 +742,13 @@ async fn run_steady(command: Steady) -> Result<bool, LoadError> {
     let schedule = Schedule::new(StdRng::seed_from_u64(2), spacing, command.rate, warmup + measure, |_| 1.0);
     let start = Instant::now();
     let (mut warm, mut offered, mut shed) = (false, 0u64, 0u64);
+    let cpu_used = || -> BTreeMap<u32, f64> { command.cpu_of.iter().map(|pid| (*pid, cpu_seconds(*pid))).collect() };
+    let mut cpu_before = cpu_used();
     for offset in schedule {
         if !warm && offset >= warmup {
             warm = true;
             (offered, shed) = (0, 0);
+            cpu_before = cpu_used();
             *stopwatch.measured.lock() = Measured::new();
         }
         let scheduled = start + offset;
@@ -765,6 +772,10 @@ async fn run_steady(command: Steady) -> Result<bool, LoadError> {
     while open(&stopwatch.measured.lock()) && Instant::now() < until {
         sleep_until(Instant::now() + Duration::from_millis(20)).await;
     }
+    let mut cpu = cpu_used();
+    for (pid, seconds) in &mut cpu {
+        *seconds -= cpu_before[pid];
+    }
     let report = if command.check { Some(journal.settle(Duration::from_secs(20)).await) } else { None };
     for client in clients {
         client.stop().await;
@@ -777,7 +788,7 @@ async fn run_steady(command: Steady) -> Result<bool, LoadError> {
             "{}",
             json!({
                 "offeredPerSecond": offered as f64 / elapsed, "ackedPerSecond": achieved, "acked": measured.acked,
-                "refused": measured.refused, "notTaken": shed, "delivered": measured.delivered,
+                "refused": measured.refused, "notTaken": shed, "delivered": measured.delivered, "cpuSeconds": cpu,
                 "ackMillis": latency_json(&measured.ack), "deliveryMillis": latency_json(&measured.delivery),
                 "check": report.as_ref().map(|report| report_json(report, &[("clean", json!(clean))])),
             })

@@ -13,7 +13,7 @@ use futures::{StreamExt, stream};
 use hyper::Method;
 use im_e2e::api::{Api, Credential};
 use im_e2e::audience::{self, Attention, Clock, Delays, EnterError, Reader, Seat};
-use im_e2e::client::{Client, Event, Message, Observer, Options, Outcome};
+use im_e2e::client::{Client, Message, Options, Outcome};
 use im_e2e::wire::{self, Publish, Version};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -77,13 +77,6 @@ pub(super) struct Room {
     /// Seconds that the room goes on after all have entered.
     #[arg(long, default_value_t = 10)]
     duration: u64,
-}
-
-/// Nobody has to know what happens to the star's connection; what becomes of each message is answered.
-struct Unobserved;
-
-impl Observer for Unobserved {
-    fn observe(&self, _: Event<'_>) {}
 }
 
 /// What is counted over the whole evening, of those who left, too.
@@ -246,7 +239,7 @@ impl Hall {
         options.password.clone_from(&self.command.target.password);
         options.session_expiry_seconds = 0;
         options.subscriptions.clear();
-        let star = Client::start(options, Arc::new(Unobserved));
+        let star = Client::start(options, Arc::new(()));
         let begun = Instant::now();
         for number in 1.. {
             let due = begun + Duration::from_secs_f64(number as f64 / self.command.chat_rate);

@@ -306,21 +306,21 @@ fn the_operator_is_a_restricted_pod() -> TestResult {
     Ok(())
 }
 
-/// Every call of the operator, by resource: a verb that is missing here is a 403, one too many is a right for nothing.
+/// Every call of the operator, by resource; `operator/tests/rights.rs` holds the same rules against what is really called.
 const CALLS: [(&str, &str, &[&str]); 15] = [
     ("", "configmaps", &["create", "delete", "get", "list", "patch", "watch"]),
     ("", "pods", &["delete", "list", "patch", "watch"]),
-    ("", "secrets", &["create", "get", "patch"]),
+    ("", "secrets", &["create", "get"]),
     ("", "serviceaccounts", &["create", "get", "list", "patch", "watch"]),
     ("", "services", &["create", "get", "list", "patch", "watch"]),
     ("apps", "deployments", &["create", "delete", "get", "list", "patch", "watch"]),
     ("apps", "statefulsets", &["create", "get", "list", "patch", "watch"]),
     ("coordination.k8s.io", "leases", &["create", "get", "update"]),
-    ("events.k8s.io", "events", &["create", "patch"]),
+    ("events.k8s.io", "events", &["create"]),
     ("imcluster.dev", "imclusters", &["get", "list", "watch"]),
     ("imcluster.dev", "imclusters/finalizers", &["update"]),
     ("imcluster.dev", "imclusters/status", &["patch"]),
-    ("imcluster.dev", "shardmaps", &["create", "get", "list", "patch", "update"]),
+    ("imcluster.dev", "shardmaps", &["create", "get", "list", "update"]),
     ("networking.k8s.io", "networkpolicies", &["create", "get", "list", "patch", "watch"]),
     ("policy", "poddisruptionbudgets", &["create", "get", "list", "patch", "watch"]),
 ];

@@ -96,8 +96,8 @@ async fn good(mut command: Command) -> TestResult {
 
 fn mosquitto(cluster: &Cluster, version: &str) -> Command {
     let mut command = Command::new("sh");
-    let address = cluster.mqtt();
-    command.arg(scripts().join("mosquitto_chat.sh")).args([&address.ip().to_string(), &address.port().to_string()]);
+    let (mqtt, http) = (cluster.mqtt(), cluster.http().port().to_string());
+    command.arg(scripts().join("mosquitto_chat.sh")).args([&mqtt.ip().to_string(), &mqtt.port().to_string(), &http]);
     command.arg(version);
     command
 }
@@ -187,6 +187,11 @@ async fn real_clients_resume_when_their_gateways_are_killed() -> TestResult {
     for version in ["5", "3.1.1"] {
         let mut command = paho(&clients, &cluster);
         command.args(["--resume", version]);
+        survives_its_gateways(&cluster, command).await?;
+    }
+    for version in ["mqttv5", "mqttv311"] {
+        let mut command = mosquitto(&cluster, version);
+        command.arg("resume");
         survives_its_gateways(&cluster, command).await?;
     }
     for (web_socket, level) in [(true, "5"), (false, "4")] {

@@ -4,7 +4,7 @@
 mod support;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     sync::{
         Arc,
@@ -244,6 +244,88 @@ async fn likes_are_exact_when_owners_die_and_shards_move() -> TestResult {
     cluster.stop().await
 }
 
+/// Rooms enough for some of them to be in shards that move.
+const MOVED_ROOMS: u64 = 8;
+const UNANSWERED_MAX: usize = 64;
+
+/// Enters all those rooms and remembers which numbers came.
+async fn hear(server: SocketAddr, name: String, heard: Arc<Mutex<BTreeSet<u64>>>) -> TestResult<JoinHandle<()>> {
+    let (mut connection, _) = Connection::open(&Options::new(server, name, "tv"), true).await?;
+    for room in 0..MOVED_ROOMS {
+        subscribe(&mut connection, &format!("r/moved{room}")).await?;
+    }
+    Ok(tokio::spawn(async move {
+        while let Ok(packet) = connection.next().await {
+            if let Packet::Publish { payload, .. } = packet {
+                let number: Option<u64> = std::str::from_utf8(&payload).ok().and_then(|text| text.parse().ok());
+                heard.lock().await.extend(number);
+            }
+        }
+    }))
+}
+
+/// Talks in all those rooms in turn, without waiting for answers, until it is told to stop; gives the numbers that were acknowledged.
+async fn talk_in_all(server: SocketAddr, mut stop: watch::Receiver<bool>) -> TestResult<BTreeSet<u64>> {
+    let (mut connection, _) = Connection::open(&Options::new(server, "star", "mic"), true).await?;
+    let mut pace = interval(Duration::from_millis(3));
+    let (mut number, mut open, mut acked) = (0_u64, BTreeMap::new(), BTreeSet::new());
+    loop {
+        let is_over = *stop.borrow_and_update();
+        if is_over && open.is_empty() {
+            return Ok(acked);
+        }
+        tokio::select! {
+            packet = connection.next() => {
+                if let Packet::PubAck { packet_id, code, .. } = packet?
+                    && let Some(number) = open.remove(&packet_id)
+                    && code == 0
+                {
+                    acked.insert(number);
+                }
+            }
+            _ = pace.tick(), if !is_over && open.len() < UNANSWERED_MAX => {
+                number += 1;
+                let packet_id = (number % 60_000 + 1) as u16;
+                open.insert(packet_id, number);
+                let topic = format!("r/moved{}", number % MOVED_ROOMS);
+                publish(&mut connection, &topic, number.to_string().as_bytes(), packet_id);
+                connection.flush().await?;
+            }
+            _ = stop.changed() => {}
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_owner_took_is_heard_while_shards_move() -> TestResult {
+    let _turn = ONE_AT_A_TIME.lock().await;
+    let mut cluster = Cluster::start(Template::new()?.with_members(2, 2)).await?;
+    let mut listeners = Vec::new();
+    for number in 0..6 {
+        let heard = Arc::new(Mutex::new(BTreeSet::new()));
+        let task = hear(cluster.mqtt(), format!("listener{number}"), heard.clone()).await?;
+        listeners.push((heard, task));
+    }
+    let stop = watch::Sender::new(false);
+    let talking = tokio::spawn(talk_in_all(cluster.mqtt(), stop.subscribe()));
+    for count in [1, 2, 1] {
+        cluster.edit(|template| template.business = (count, count))?;
+        cluster.wait_members("business", count as usize, PATIENCE * 2).await?;
+    }
+    stop.send_replace(true);
+    let acked = timeout(PATIENCE, talking).await???;
+    println!("{} messages were acknowledged", acked.len());
+    assert!(acked.len() > 500);
+    for (heard, task) in listeners {
+        let missing = async || acked.difference(&*heard.lock().await).copied().collect::<Vec<_>>();
+        let all = eventually("everybody hears all", PATIENCE, async || missing().await.is_empty().then_some(())).await;
+        let missing = missing().await;
+        all.map_err(|error| format!("{error}: {} are missing, from {:?} on", missing.len(), missing.first()))?;
+        task.abort();
+    }
+    cluster.stop().await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_gateway_takes_its_viewers_with_it_and_only_what_it_had_not_sent() -> TestResult {
     let _turn = ONE_AT_A_TIME.lock().await;
@@ -273,6 +355,34 @@ async fn a_killed_gateway_takes_its_viewers_with_it_and_only_what_it_had_not_sen
     let (liked, acked) = (tally.of(|tally| &tally.liked), tally.of(|tally| &tally.acked));
     let total = room_says(&cluster, left, acked, PATIENCE).await?;
     assert!((acked..=liked).contains(&total), "{acked} acknowledged ≤ {total} counted ≤ {liked} sent");
+    drop(viewers);
+    cluster.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_gateway_takes_its_viewers_with_it_until_it_goes_on() -> TestResult {
+    let _turn = ONE_AT_A_TIME.lock().await;
+    let cluster = Cluster::start(Template::new()?.with_members(2, 1)).await?;
+    let (tally, likes) = (Arc::new(Tally::default()), watch::Sender::new(false));
+    let viewers = enter_all(&cluster, &tally, &likes).await?;
+    room_says(&cluster, VIEWERS, 0, PATIENCE).await?;
+    let gateways = cluster.members_of("gateway")?;
+    let gateway = gateways.first().ok_or("no gateway runs")?;
+    // Behind the HTTP port, too, only the other one answers from now on.
+    cluster.signal(gateway, Signal::STOP)?;
+    let stopped = Instant::now();
+    let left = eventually("its viewers are gone", PATIENCE, async || {
+        let answer = timeout(Duration::from_millis(200), room(&cluster)).await;
+        let viewers = answer.ok()?.ok()?["viewers"].as_u64()?;
+        (viewers < VIEWERS).then_some(viewers)
+    })
+    .await;
+    let took = stopped.elapsed();
+    cluster.signal(gateway, Signal::CONT)?;
+    println!("{} of {VIEWERS} viewers were gone {took:?} after their gateway had stopped", VIEWERS - left?);
+    assert!(took <= GONE_WITHIN + Duration::from_millis(500), "{took:?}");
+    room_says(&cluster, VIEWERS, 0, PATIENCE).await?;
+    assert_eq!(tally.of(|tally| &tally.inside), VIEWERS, "nobody was cut off");
     drop(viewers);
     cluster.stop().await
 }
@@ -327,6 +437,82 @@ async fn who_does_not_read_holds_up_nobody_and_keeps_his_chat() -> TestResult {
     }
     assert!(chat.keys().copied().eq((1..=20).map(|part| part * 50)), "{chat:?}");
     drop(viewers);
+    cluster.stop().await
+}
+
+/// Publishers with QoS 0, whom nobody answers, and viewers none of whom reads: what does not fit is lost, and it is lost by them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_that_nobody_reads_fills_no_memory_and_holds_up_nobody() -> TestResult {
+    const FLOOD_TIME: Duration = Duration::from_secs(12);
+    /// A gateway's requests without an answer alone may be 64 MiB.
+    const GROWN_MAX: u64 = 128 << 20;
+    let _turn = ONE_AT_A_TIME.lock().await;
+    let cluster = Cluster::start(Template::new()?).await?;
+    let mut deaf = Vec::new();
+    for number in 0..16 {
+        let (mut connection, _) =
+            Connection::open(&Options::new(cluster.mqtt(), format!("deaf{number}"), "tv"), true).await?;
+        subscribe(&mut connection, &format!("r/{ROOM}")).await?;
+        deaf.push(connection);
+    }
+    let (mut listener, _) = Connection::open(&Options::new(cluster.mqtt(), "listener", "tv"), true).await?;
+    subscribe(&mut listener, "r/corner").await?;
+    let (mut speaker, _) = Connection::open(&Options::new(cluster.mqtt(), "speaker", "mic"), true).await?;
+    let members = cluster.members()?;
+    let pids: Vec<(String, u32)> = members
+        .iter()
+        .filter(|member| ["gateway", "business"].contains(&member.role.as_str()))
+        .map(|member| (member.name.clone(), member.pid))
+        .collect();
+    let mut before = Vec::new();
+    for (_, pid) in &pids {
+        before.push(resident_bytes(*pid)?);
+    }
+    let flooded = Arc::new(AtomicU64::new(0));
+    let floods: Vec<JoinHandle<()>> = (0..16)
+        .map(|number| {
+            let (server, flooded) = (cluster.mqtt(), flooded.clone());
+            tokio::spawn(async move {
+                let Ok((mut connection, _)) =
+                    Connection::open(&Options::new(server, format!("flood{number}"), "mic"), true).await
+                else {
+                    return;
+                };
+                let payload = vec![b'x'; 8 << 10];
+                loop {
+                    publish(&mut connection, &format!("r/{ROOM}"), &payload, 0);
+                    if connection.flush().await.is_err() {
+                        return;
+                    }
+                    flooded.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        })
+        .collect();
+    let (begun, mut delays, mut grown) = (Instant::now(), Vec::new(), vec![0; pids.len()]);
+    let mut pace = interval(Duration::from_millis(20));
+    while begun.elapsed() < FLOOD_TIME {
+        pace.tick().await;
+        let said = Instant::now();
+        publish(&mut speaker, "r/corner", b"1", 0);
+        speaker.flush().await?;
+        while !matches!(timeout(PATIENCE, listener.next()).await??, Packet::Publish { .. }) {}
+        delays.push(said.elapsed());
+        for ((grown, before), (_, pid)) in grown.iter_mut().zip(&before).zip(&pids) {
+            *grown = resident_bytes(*pid)?.saturating_sub(*before).max(*grown);
+        }
+    }
+    delays.sort();
+    let p99 = delays[delays.len() * 99 / 100];
+    println!("{} messages of a flood; p99 of another room {p99:?}", flooded.load(Ordering::Relaxed));
+    for ((name, _), grown) in pids.iter().zip(grown) {
+        println!("{name} grew by {} KiB", grown >> 10);
+        assert!(grown < GROWN_MAX, "{name} grew by {grown} bytes");
+    }
+    assert!(flooded.load(Ordering::Relaxed) * (8 << 10) > 2 * GROWN_MAX, "the flood is more than may be kept");
+    assert!(p99 < Duration::from_secs(1), "{p99:?}");
+    floods.iter().for_each(JoinHandle::abort);
+    drop(deaf);
     cluster.stop().await
 }
 

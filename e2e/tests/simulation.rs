@@ -1,7 +1,8 @@
 //! The whole data path in virtual time: real owners, sessions, routers and the real coordinator, driven by one seeded loop through
-//! drops, delays, crashes, pauses, a store that fails, and moves. Nothing sleeps; the same seed gives the same history.
+//! drops, delays, crashes, pauses, a store that fails, and moves. Some people speak MQTT 3.1.1, some have a second device. Nothing
+//! sleeps; the same seed gives the same history.
 //!
-//! `SIM_SEED=7 cargo test -p im-e2e --test simulation one_seed` replays one; `SIM_SEEDS=500` runs more.
+//! `SIM_SEED=7 SIM_SEEDS=1 cargo test -p im-e2e --test simulation seeds` replays one; `SIM_SEEDS=500` runs more.
 #![allow(missing_docs)]
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use futures::FutureExt;
 use im_business::core::calls::execute;
 use im_business::core::{Core, Input, Limits, LinkId, Now, Output};
 use im_business::store::memory::MemoryStore;
-use im_business::store::{Store, StoreError};
+use im_business::store::{ScrubAt, Scrubbed, Store, StoreError};
 use im_crds::Rebalance;
 use im_e2e::history::{ConversationId, Event as Seen, History, MessageId, SessionId, fingerprint};
 use im_e2e::wire;
@@ -37,6 +38,8 @@ const SHARDS: u32 = 16;
 const BUSINESS: usize = 3;
 const GATEWAYS: usize = 2;
 const PEOPLE: usize = 8;
+/// Those who have a second device.
+const TWO_DEVICES: std::ops::Range<usize> = 1..4;
 const GROUP: &str = "team";
 /// Virtual time, microseconds.
 type Micros = u64;
@@ -106,6 +109,10 @@ enum What {
     FromControl(MemberId, Command),
     Restart(Process),
     Resume(usize),
+    ResumeGateway(usize, u64),
+    /// An owner heard nothing over a link for 3 s, if that gateway is stopped still.
+    Silence(u64),
+    Ends(Process, u64),
     ControlReturns,
     StoreReturns,
     Fault,
@@ -116,13 +123,17 @@ enum What {
     ToPerson(usize, u64, bytes::Bytes),
     Connect(usize),
     ConnectionEnds(usize, u64),
+    /// A person's network breaks, or he waits for his gateway no longer.
+    PersonLeaves(usize, u64),
+    /// A gateway learns that a connection broke.
+    ConnectionBroke(u64),
 }
 
 /// What a person says on a connection.
 #[derive(Clone, Debug)]
 enum Said {
     Subscribe,
-    Publish { packet_id: u16, topic: String, id: String, payload: String },
+    Publish { packet_id: u16, topic: String, id: String, payload: String, again: bool },
     Ack(u16),
 }
 
@@ -150,6 +161,10 @@ struct Gateway {
     sessions: BTreeMap<u64, Session>,
     members: Vec<MemberId>,
     version: (u64, u64),
+    ticks: u64,
+    paused: bool,
+    /// What a stopped gateway will find when it goes on.
+    backlog: Vec<What>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -160,16 +175,11 @@ enum Token {
     ChangeGroup,
 }
 
-/// A link between two processes; frames of each direction arrive in order or not at all.
-struct Pipe {
-    client: (Process, u64),
-    server: (usize, u64),
-    open: bool,
-    arrivals: [Micros; 2],
-}
-
+/// A person at one of his devices.
 struct Person {
     name: String,
+    device: &'static str,
+    version: wire::Version,
     session: SessionId,
     gateway: usize,
     connection: Option<u64>,
@@ -178,8 +188,18 @@ struct Person {
     next_packet: u16,
     /// Said and not answered: sent again after a reconnect, with the same id.
     unanswered: Vec<(u16, MessageId, ConversationId, String, String)>,
+    /// MQTT 3.1.1: packet ids whose PUBACK will mean that they were refused.
+    refused: Vec<u16>,
     arrivals: [Micros; 2],
     incoming: BytesMut,
+}
+
+/// A link between two processes; frames of each direction arrive in order or not at all.
+struct Pipe {
+    client: (Process, u64),
+    server: (usize, u64),
+    open: bool,
+    arrivals: [Micros; 2],
 }
 
 struct World {
@@ -190,6 +210,8 @@ struct World {
     weather: Weather,
     store: MemoryStore,
     store_away: bool,
+    /// While it is away it does half of what it is asked, and nobody hears of it.
+    store_silent: bool,
     business: Vec<Business>,
     gateways: Vec<Gateway>,
     people: Vec<Person>,
@@ -219,11 +241,15 @@ impl World {
     fn run(seed: u64, weather: Weather) -> Self {
         let mut history = History::new();
         let team = history.group(GROUP);
-        let people = (0..PEOPLE).map(|i| {
+        let devices = (0..PEOPLE).map(|i| (i, "phone")).chain(TWO_DEVICES.map(|i| (i, "laptop")));
+        let people = devices.map(|(i, device)| {
             let name = format!("p{i}");
-            let session = history.session(&name, "phone");
+            let session = history.session(&name, device);
+            let is_old = i % 4 == 3 && device == "phone";
             Person {
                 name,
+                device,
+                version: if is_old { wire::Version::V311 } else { wire::Version::V5 },
                 session,
                 gateway: i % GATEWAYS,
                 connection: None,
@@ -231,6 +257,7 @@ impl World {
                 subscribed: false,
                 next_packet: 1,
                 unanswered: Vec::new(),
+                refused: Vec::new(),
                 arrivals: [0; 2],
                 incoming: BytesMut::new(),
             }
@@ -244,6 +271,7 @@ impl World {
             weather,
             store: MemoryStore::default(),
             store_away: false,
+            store_silent: false,
             business: Vec::new(),
             gateways: Vec::new(),
             pipes: BTreeMap::new(),
@@ -286,10 +314,13 @@ impl World {
                 sessions: BTreeMap::new(),
                 members: Vec::new(),
                 version: (0, 0),
+                ticks: 0,
+                paused: false,
+                backlog: Vec::new(),
             });
             world.at(1, What::Restart(Process::Gateway(i)));
         }
-        for i in 0..PEOPLE {
+        for i in 0..world.people.len() {
             world.at(4 * SECOND, What::Connect(i));
         }
         let start = 7 * SECOND;
@@ -328,9 +359,9 @@ impl World {
                     self.gateways.iter().enumerate().find(|(_, gateway)| gateway.sessions.contains_key(&connection))?;
                 Some(format!("on {} {:?}", gateway.id, self.gateways[i].sessions[&connection]))
             });
-            let (name, unanswered) = (&person.name, person.unanswered.len());
+            let (name, device, unanswered) = (&person.name, person.device, person.unanswered.len());
             format!(
-                "{name}: connection {:?}, subscribed {}, unanswered {unanswered}, {session:?}",
+                "{name}/{device}: connection {:?}, subscribed {}, unanswered {unanswered}, {session:?}",
                 person.connection, person.subscribed
             )
         };
@@ -372,10 +403,10 @@ impl World {
             problem(&format!("only {} shards have an owner in the end", owners.len()));
         }
         for shard in 0..SHARDS {
-            let holes =
-                self.store.scrub(shard).now_or_never().expect("memory answers at once").expect("memory does not fail");
-            if !holes.is_empty() {
-                problem(&format!("the store has holes: {holes:?}"));
+            let scrubbed = self.store.scrub(shard, ScrubAt::default(), u32::MAX).now_or_never();
+            let scrubbed = scrubbed.expect("memory answers at once").expect("memory does not fail");
+            if scrubbed != Scrubbed::default() {
+                problem(&format!("the store has holes, or more than one reading of it shows: {scrubbed:?}"));
             }
         }
     }
@@ -420,6 +451,11 @@ impl World {
     fn happen(&mut self, what: What) {
         if let Ok(traced) = std::env::var("SIM_TRACE") {
             self.trace(&traced, &what);
+        }
+        if let Some(i) = self.gateway_of(&what)
+            && self.gateways[i].paused
+        {
+            return self.gateways[i].backlog.push(what);
         }
         match what {
             What::BusinessTick(i, boot) if self.business[i].boot == boot && self.business[i].core.is_some() => {
@@ -467,7 +503,12 @@ impl World {
             What::Dial(client, server) => self.dial(client, server),
             What::AskStore(i, boot, call, request) => {
                 let me = self.business[i].id.clone();
-                let answer = if self.store_away {
+                let answer = if self.store_away && self.store_silent {
+                    if self.rng.random() {
+                        let _ = execute(&self.store, &me, *request).now_or_never().expect("memory answers at once");
+                    }
+                    Err(StoreError::unknown("no answer"))
+                } else if self.store_away {
                     Err(StoreError::refused("the store is away"))
                 } else if self.business[i].boot != boot {
                     return; // of a process that ended: half of them still arrive
@@ -492,6 +533,27 @@ impl World {
                     self.feed(i, input);
                 }
             }
+            What::ResumeGateway(i, boot) => {
+                if self.gateways[i].boot == boot {
+                    self.gateways[i].paused = false;
+                    for what in std::mem::take(&mut self.gateways[i].backlog) {
+                        self.happen(what);
+                    }
+                }
+            }
+            What::Silence(pipe) => {
+                if let Process::Gateway(i) = self.pipes[&pipe].client.0
+                    && self.gateways[i].paused
+                {
+                    self.break_pipe(pipe);
+                    self.happen(What::ServerNotices(pipe));
+                }
+            }
+            What::Ends(process, boot) => {
+                if self.boot_of(process) == Some(boot) {
+                    self.crash(process);
+                }
+            }
             What::ControlReturns => self.control_returns(),
             What::StoreReturns => self.store_away = false,
             What::Fault => {
@@ -510,7 +572,40 @@ impl World {
             What::ToPerson(person, connection, bytes) => self.person_hears(person, connection, &bytes),
             What::Connect(person) => self.connect(person),
             What::ConnectionEnds(person, connection) => self.connection_ends(person, connection),
+            What::PersonLeaves(person, connection) => {
+                if self.people[person].connection == Some(connection) {
+                    self.people[person].gateway = self.rng.random_range(0..GATEWAYS);
+                    self.connection_ends(person, connection);
+                    self.happen(What::ConnectionBroke(connection));
+                }
+            }
+            What::ConnectionBroke(connection) => {
+                let Some(i) = self.gateway_with(connection) else { return };
+                let Some(session) = self.gateways[i].sessions.get_mut(&connection) else { return };
+                let mut effects = Effects::default();
+                session.end(End::Broken, &mut effects);
+                self.apply(i, connection, effects);
+            }
         }
+    }
+
+    /// The gateway to which something happens.
+    fn gateway_of(&self, what: &What) -> Option<usize> {
+        match what {
+            What::GatewayTick(i, boot) if self.gateways[*i].boot == *boot => Some(*i),
+            What::Dial(Process::Gateway(i), _) => Some(*i),
+            What::ToClient(pipe, _) => match self.pipes.get(pipe)?.client.0 {
+                Process::Gateway(i) => Some(i),
+                Process::Business(_) => None,
+            },
+            What::FromControl(member, _) => self.gateways.iter().position(|gateway| gateway.id == *member),
+            What::ToSession(_, connection, _) | What::ConnectionBroke(connection) => self.gateway_with(*connection),
+            _ => None,
+        }
+    }
+
+    fn gateway_with(&self, connection: u64) -> Option<usize> {
+        (0..GATEWAYS).find(|i| self.gateways[*i].sessions.contains_key(&connection))
     }
 
     /// Prints what concerns messages whose ids are in `traced`.
@@ -523,7 +618,7 @@ impl World {
             }
             What::ToPerson(person, connection, bytes) => {
                 let mut bytes = BytesMut::from(&bytes[..]);
-                while let Ok(Some(packet)) = wire::decode(wire::Version::V5, &mut bytes) {
+                while let Ok(Some(packet)) = wire::decode(self.people[*person].version, &mut bytes) {
                     let text = format!("{packet:?}");
                     if concerns(&text) || traced.contains(&format!("p{person}!")) {
                         println!("{ms} p{person} on {connection} hears {text}");
@@ -575,8 +670,15 @@ impl World {
     fn fault(&mut self) {
         self.faults += 1;
         let member = self.rng.random_range(0..BUSINESS);
-        match self.rng.random_range(0..13) {
+        match self.rng.random_range(0..16) {
             12 => self.begin_change(),
+            13 | 14 => self.pause_gateway(),
+            15 => {
+                // It was told to end, and is given some time for it.
+                self.feed(member, Input::ReleaseAll);
+                let pause = self.rng.random_range(10 * MS..3 * SECOND);
+                self.after(pause, What::Ends(Process::Business(member), self.business[member].boot));
+            }
             0..2 => self.crash(Process::Business(member)),
             2 => {
                 let gateway = self.rng.random_range(0..GATEWAYS);
@@ -597,10 +699,9 @@ impl World {
                 }
             }
             7 => {
-                let person = self.rng.random_range(0..PEOPLE);
+                let person = self.rng.random_range(0..self.people.len());
                 if let Some(connection) = self.people[person].connection {
-                    self.people[person].gateway = self.rng.random_range(0..GATEWAYS);
-                    self.drop_connection(person, connection);
+                    self.happen(What::PersonLeaves(person, connection));
                 }
             }
             8 => {
@@ -610,11 +711,36 @@ impl World {
                 }
             }
             9 => {
-                self.store_away = true;
+                (self.store_away, self.store_silent) = (true, self.rng.random());
                 let pause = self.rng.random_range(50 * MS..3 * SECOND);
                 self.after(pause, What::StoreReturns);
             }
             _ => self.move_something(),
+        }
+    }
+
+    /// A gateway is stopped for a while. Some of its people wait for it.
+    fn pause_gateway(&mut self) {
+        let i = self.rng.random_range(0..GATEWAYS);
+        if !self.gateways[i].alive || std::mem::replace(&mut self.gateways[i].paused, true) {
+            return;
+        }
+        let pause = self.rng.random_range(500 * MS..10 * SECOND);
+        self.after(pause, What::ResumeGateway(i, self.gateways[i].boot));
+        let is_its = |pipe: &Pipe| pipe.open && pipe.client.0 == Process::Gateway(i);
+        let pipes: Vec<u64> = self.pipes.iter().filter(|(_, pipe)| is_its(pipe)).map(|(id, _)| *id).collect();
+        if pause > 3 * SECOND {
+            for pipe in pipes {
+                self.after(3 * SECOND, What::Silence(pipe));
+            }
+        }
+        for person in 0..self.people.len() {
+            if let Some(connection) = self.people[person].connection.filter(|_| self.people[person].gateway == i)
+                && self.rng.random()
+            {
+                let patience = self.rng.random_range(SECOND..8 * SECOND);
+                self.after(patience, What::PersonLeaves(person, connection));
+            }
         }
     }
 
@@ -680,7 +806,9 @@ impl World {
                 if !std::mem::replace(&mut self.gateways[i].alive, false) {
                     return;
                 }
-                for person in 0..PEOPLE {
+                self.gateways[i].paused = false;
+                self.gateways[i].backlog.clear();
+                for person in 0..self.people.len() {
                     if self.people[person].gateway == i
                         && let Some(connection) = self.people[person].connection
                     {
@@ -960,9 +1088,14 @@ impl World {
     /// A refusal counts from when it is said: the connection may end before it is heard.
     fn record_refusals(&mut self, person: usize, bytes: &[u8]) {
         let mut bytes = BytesMut::from(bytes);
-        while let Ok(Some(packet)) = wire::decode(wire::Version::V5, &mut bytes) {
-            let wire::Packet::PubAck { packet_id, code: 0x80.., .. } = packet else { continue };
-            if let Some((_, id, ..)) = self.people[person].unanswered.iter().find(|(id, ..)| *id == packet_id) {
+        while let Ok(Some(packet)) = wire::decode(self.people[person].version, &mut bytes) {
+            let refused = match &packet {
+                wire::Packet::PubAck { packet_id, code: 0x80.., .. } => Some(*packet_id),
+                wire::Packet::Publish { topic, payload, .. } if topic == "inbox/refused" => refused_packet(payload),
+                _ => None,
+            };
+            let unanswered = &self.people[person].unanswered;
+            if let Some((_, id, ..)) = unanswered.iter().find(|(packet_id, ..)| Some(*packet_id) == refused) {
                 self.history.record(Duration::from_micros(self.now), Seen::Refused { id: *id });
             }
         }
@@ -1016,6 +1149,13 @@ impl World {
 
     fn gateway_tick(&mut self, i: usize) {
         let now_ms = self.now_ms();
+        self.gateways[i].ticks += 1;
+        if self.gateways[i].ticks.is_multiple_of(4) {
+            for server in 0..BUSINESS {
+                let (to, ping) = (self.business[server].id.clone(), client_frame::Frame::Ping(self.gateways[i].ticks));
+                self.send_to_server(Process::Gateway(i), &to, ClientFrame { frame: Some(ping) });
+            }
+        }
         self.dial_members(Process::Gateway(i), &self.gateways[i].members.clone());
         let connections: Vec<u64> = self.gateways[i].sessions.keys().copied().collect();
         for connection in connections {
@@ -1027,7 +1167,7 @@ impl World {
         self.ask_for_change(i);
         if !self.group_created && self.gateways[i].router.ready().count() == SHARDS as usize {
             let conversation = group_conversation(GROUP);
-            let add = self.people.iter().map(|person| person.name.clone()).collect();
+            let add = self.people.iter().take(PEOPLE).map(|person| person.name.clone()).collect();
             let change =
                 GroupChange { conversation, create: true, add, key: "create".into(), ..GroupChange::default() };
             let shard = shard_of(&change.conversation, SHARDS);
@@ -1302,22 +1442,23 @@ impl World {
             return;
         }
         let i = self.people[person].gateway;
-        if !self.gateways[i].alive || self.gateways[i].router.ready().count() == 0 {
+        if !self.gateways[i].alive || self.gateways[i].paused || self.gateways[i].router.ready().count() == 0 {
             self.people[person].gateway = self.rng.random_range(0..GATEWAYS);
             return self.after(200 * MS, What::Connect(person));
         }
         self.counter += 1;
         let connection = self.counter;
         let name = self.people[person].name.clone();
+        let is_v5 = self.people[person].version == wire::Version::V5;
         let connect = Connect {
-            version: Version::V5,
+            version: if is_v5 { Version::V5 } else { Version::V311 },
             clean_start: false,
             keep_alive_s: 0,
-            session_expiry_s: Some(3_600),
+            session_expiry_s: is_v5.then_some(3_600),
             receive_maximum: 8,
             packet_size_max: None,
             problem_information: true,
-            client_id: "phone",
+            client_id: self.people[person].device,
             will: None,
             username: Some(&name),
             password: None,
@@ -1333,20 +1474,8 @@ impl World {
         state.subscribed = false;
         state.arrivals = [self.now; 2];
         state.incoming.clear();
+        state.refused.clear();
         self.apply(i, connection, effects);
-    }
-
-    /// The network between a person and his gateway breaks; the gateway notices.
-    fn drop_connection(&mut self, person: usize, connection: u64) {
-        let i = (0..GATEWAYS).find(|i| self.gateways[*i].sessions.contains_key(&connection));
-        self.connection_ends(person, connection);
-        if let Some(i) = i
-            && let Some(session) = self.gateways[i].sessions.get_mut(&connection)
-        {
-            let mut effects = Effects::default();
-            session.end(End::Broken, &mut effects);
-            self.apply(i, connection, effects);
-        }
     }
 
     fn connection_ends(&mut self, person: usize, connection: u64) {
@@ -1364,7 +1493,7 @@ impl World {
     }
 
     fn send(&mut self) {
-        let person = self.rng.random_range(0..PEOPLE);
+        let person = self.rng.random_range(0..self.people.len());
         if !self.people[person].subscribed || self.people[person].unanswered.len() >= 16 {
             return;
         }
@@ -1374,18 +1503,19 @@ impl World {
         let (topic, conversation) = if self.group_created && self.rng.random_range(0..4) == 0 {
             (format!("g/{GROUP}"), self.team)
         } else {
-            let peer = self.people[self.rng.random_range(0..PEOPLE)].name.clone();
+            let peer = format!("p{}", self.rng.random_range(0..PEOPLE));
             debug_assert!(!direct_conversation(&name, &peer).is_empty());
             let (one, other) = (self.history.user(&name), self.history.user(&peer));
             (format!("u/{peer}"), self.history.pair(one, other))
         };
+        // MQTT 3.1.1 has no other place for the id.
         let payload = format!("{id} of {name}");
         let state = &mut self.people[person];
         let packet_id = state.next_packet;
         state.next_packet = state.next_packet % 60_000 + 1;
         state.unanswered.push((packet_id, id, conversation, topic.clone(), payload.clone()));
         self.sent(person, id, conversation, &payload);
-        self.say(person, Said::Publish { packet_id, topic, id: id.to_string(), payload });
+        self.say(person, Said::Publish { packet_id, topic, id: id.to_string(), payload, again: false });
     }
 
     fn sent(&mut self, person: usize, id: MessageId, conversation: ConversationId, payload: &str) {
@@ -1397,7 +1527,7 @@ impl World {
             connection: state.connections,
             conversation,
             payload: fingerprint(payload.as_bytes()),
-            idempotent: true,
+            idempotent: state.version == wire::Version::V5,
             scheduled,
         };
         self.history.record(scheduled, sent);
@@ -1408,7 +1538,7 @@ impl World {
         if self.people[person].connection != Some(connection) {
             return;
         }
-        let Some(i) = (0..GATEWAYS).find(|i| self.gateways[*i].sessions.contains_key(&connection)) else { return };
+        let Some(i) = self.gateway_with(connection) else { return };
         let Some(session) = self.gateways[i].sessions.get_mut(&connection) else { return };
         if !session.wants_input() {
             if !session.is_ended() {
@@ -1424,16 +1554,17 @@ impl World {
                 let subscribe = Subscribe { packet_id: 65_000, has_identifier: false, filters: vec![("inbox/#", 1)] };
                 session.on_packet(now_ms, Packet::Subscribe(subscribe), &mut effects);
             }
-            Said::Publish { packet_id, topic, id, payload } => {
+            Said::Publish { packet_id, topic, id, payload, again } => {
+                let is_v5 = self.people[person].version == wire::Version::V5;
                 let publish = Publish {
                     topic,
                     payload: payload.as_bytes(),
                     qos: 1,
-                    dup: false,
+                    dup: *again,
                     retain: false,
                     packet_id: *packet_id,
                     topic_alias: false,
-                    id: Some(id),
+                    id: is_v5.then_some(id.as_str()),
                 };
                 session.on_packet(now_ms, Packet::Publish(publish), &mut effects);
             }
@@ -1449,7 +1580,7 @@ impl World {
         let at = Duration::from_micros(self.now);
         self.people[person].incoming.extend_from_slice(bytes);
         loop {
-            let packet = wire::decode(wire::Version::V5, &mut self.people[person].incoming);
+            let packet = wire::decode(self.people[person].version, &mut self.people[person].incoming);
             let Some(packet) = packet.expect("a session speaks MQTT") else { return };
             let session = self.people[person].session;
             match packet {
@@ -1465,13 +1596,13 @@ impl World {
                 }
                 wire::Packet::SubAck { codes, .. } => {
                     if codes != [1] {
-                        return self.drop_connection(person, connection);
+                        return self.happen(What::PersonLeaves(person, connection));
                     }
                     self.people[person].subscribed = true;
                     self.history.record(at, Seen::Subscribed { session });
                     for (packet_id, id, conversation, topic, payload) in self.people[person].unanswered.clone() {
                         self.sent(person, id, conversation, &payload);
-                        self.say(person, Said::Publish { packet_id, topic, id: id.to_string(), payload });
+                        self.say(person, Said::Publish { packet_id, topic, id: id.to_string(), payload, again: true });
                     }
                 }
                 wire::Packet::PubAck { packet_id, code, properties } => {
@@ -1479,7 +1610,9 @@ impl World {
                     let Some(index) = state.unanswered.iter().position(|(id, ..)| *id == packet_id) else { continue };
                     let (_, id, ..) = state.unanswered.remove(index);
                     let seq = properties.user("seq").and_then(|seq| seq.parse().ok());
-                    let seen = if code == 0 { Seen::Acked { id, seq } } else { Seen::Refused { id } };
+                    let was_refused = code != 0 || state.refused.contains(&packet_id);
+                    state.refused.retain(|refused| *refused != packet_id);
+                    let seen = if was_refused { Seen::Refused { id } } else { Seen::Acked { id, seq } };
                     self.history.record(at, seen);
                 }
                 wire::Packet::Publish { topic, packet_id, payload, properties, .. } => {
@@ -1495,15 +1628,22 @@ impl World {
 
     fn received(&mut self, person: usize, topic: &str, payload: &[u8], properties: &wire::Properties) {
         let parts: Vec<&str> = topic.split('/').collect();
-        let (conversation, from) = match parts[..] {
-            ["inbox", "u", peer, from] => {
-                let (one, other) = (self.history.user(&self.people[person].name), self.history.user(peer));
-                (self.history.pair(one, other), from)
+        let is_old = self.people[person].version == wire::Version::V311;
+        let (conversation, from, seq) = match parts[..] {
+            ["inbox", "refused"] if is_old => {
+                self.people[person].refused.extend(refused_packet(payload));
+                return;
             }
-            ["inbox", "g", GROUP, from] => (self.team, from),
+            ["inbox", "u", peer, from, ref seq @ ..] => {
+                let (one, other) = (self.history.user(&self.people[person].name), self.history.user(peer));
+                (self.history.pair(one, other), from, seq)
+            }
+            ["inbox", "g", GROUP, from, ref seq @ ..] => (self.team, from, seq),
             _ => return,
         };
-        let seq = properties.user("seq").and_then(|seq| seq.parse().ok()).expect("every message has a seq");
+        let seq = if is_old { seq.first().copied() } else { properties.user("seq") };
+        let seq = seq.and_then(|seq| seq.parse().ok()).expect("every message has a seq");
+        let id_in_payload = || std::str::from_utf8(payload.get(..16)?).ok().and_then(MessageId::parse);
         let state = &self.people[person];
         let received = Seen::Received {
             session: state.session,
@@ -1511,11 +1651,16 @@ impl World {
             conversation,
             from: self.history.known_user(from),
             seq,
-            id: properties.user("id").and_then(MessageId::parse),
+            id: properties.user("id").and_then(MessageId::parse).or_else(id_in_payload),
             payload: fingerprint(payload),
         };
         self.history.record(Duration::from_micros(self.now), received);
     }
+}
+
+/// The packet that a notice on `inbox/refused` speaks of.
+fn refused_packet(payload: &[u8]) -> Option<u16> {
+    serde_json::from_slice::<serde_json::Value>(payload).ok()?.get("packetId")?.as_u64()?.try_into().ok()
 }
 
 fn shared(boot: u64) -> Arc<Shared> {

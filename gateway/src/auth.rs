@@ -17,7 +17,7 @@ use im_proto::reload::Reloaded;
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
     /// A file can't be read.
-    #[error("cannot read {path}: {error}")]
+    #[error("cannot read {path}: {error}; check the paths below auth")]
     Read {
         /// Which file.
         path: PathBuf,

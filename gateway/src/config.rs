@@ -34,7 +34,7 @@ pub enum ConfigError {
     #[error("{0}")]
     Invalid(String),
     /// The token of the tiers.
-    #[error("linkToken: {0}")]
+    #[error("linkToken, or linkTokenFile: {0}")]
     Token(#[from] TokenError),
 }
 
@@ -54,6 +54,9 @@ pub struct Config {
     /// Where the control service listens, host:port; tried in turn.
     #[serde(default)]
     pub control: Vec<String>,
+    /// A copy of the shard map to begin with; see [`im_proto::map_hint`].
+    #[serde(default)]
+    pub map_hint_file: Option<PathBuf>,
     /// Authenticates this tier to the others.
     #[serde(default)]
     pub link_token: Option<String>,
@@ -150,7 +153,7 @@ pub enum AuthConfig {
 }
 
 /// What clients are held to.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Limits {
     /// Open connections of this process.
@@ -180,15 +183,15 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            max_connections: 15_000,
-            connect_rate: 2_000,
-            half_open_max: 1_000,
+            max_connections: 50_000,
+            connect_rate: 1_000,
+            half_open_max: 2_000,
             handshake_timeout_ms: 10_000,
-            receive_maximum: 64,
-            max_packet_size: 65_536,
+            receive_maximum: 1_024,
+            max_packet_size: 262_144,
             keep_alive_max_seconds: 1_200,
             session_expiry_max_seconds: 2_592_000,
-            message_rate: 1_000,
+            message_rate: 200,
             send_buffer_bytes: 1 << 20,
             max_payload: 65_536,
         }
@@ -328,7 +331,7 @@ mod tests {
         let small = r#"{"name":"gateway-0","admin":{"address":"127.0.0.1:0"},"auth":{"insecure":{}}}"#;
         let config: Config = serde_json::from_str(small).expect("the smallest configuration");
         config.check().expect("valid");
-        assert_eq!((config.limits.receive_maximum, config.messages.catch_up), (64, 1_000));
+        assert_eq!((config.limits.receive_maximum, config.messages.catch_up), (1_024, 1_000));
         let typo = small.replace("\"auth\"", "\"limit\":{},\"auth\"");
         let error = serde_json::from_str::<Config>(&typo).expect_err("an unknown field").to_string();
         assert!(error.contains("limit"), "{error}");

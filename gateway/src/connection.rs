@@ -19,10 +19,11 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Sleep, sleep, timeout, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::error::{Error as WebSocketError, ProtocolError};
 
 use crate::hub::{Connection, Hub};
 use crate::listen::{Gateway, HalfOpen};
-use crate::mqtt::{self, OutBuffer, Packet, Reason, Version};
+use crate::mqtt::{self, DecodeError, OutBuffer, Packet, Reason, Version};
 use crate::session::{ConnectRefused, Effects, End, Session};
 
 /// How long the last bytes of an ended connection may take.
@@ -66,9 +67,10 @@ pub async fn handshake<S: Socket>(gateway: Arc<Gateway>, mut stream: S, half_ope
         Ok(Ok(())) => match mqtt::decode(None, &input, size_max) {
             Ok(Some((Packet::Connect(connect), used))) => match open(&gateway, &connect, &mut stream) {
                 Ok(connection) => {
-                    input.drain(..used);
                     drop(half_open);
-                    let driver = Driver::new(gateway.clone(), connection, stream, input);
+                    // Without the space of the CONNECT, which would stay as long as the connection is idle.
+                    let rest = input.split_off(used);
+                    let driver = Driver::new(gateway.clone(), connection, stream, rest);
                     tokio::spawn(driver);
                     return;
                 }
@@ -95,7 +97,7 @@ pub async fn handshake<S: Socket>(gateway: Arc<Gateway>, mut stream: S, half_ope
 }
 
 /// Reads until the first packet is complete.
-async fn read_connect<S>(stream: &mut S, input: &mut Vec<u8>, size_max: usize) -> Result<(), Option<mqtt::DecodeError>>
+async fn read_connect<S>(stream: &mut S, input: &mut Vec<u8>, size_max: usize) -> Result<(), Option<DecodeError>>
 where
     S: AsyncRead + Unpin,
 {
@@ -103,8 +105,13 @@ where
         if mqtt::decode(None, input, size_max).map_err(Some)?.is_some() {
             return Ok(());
         }
-        if stream.read_buf(input).await.map_err(|_| None)? == 0 {
-            return Err(None);
+        match stream.read_buf(input).await {
+            Ok(1..) => {}
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                let what = "neither TLS nor binary WebSocket frames";
+                return Err(Some(DecodeError { reason: Reason::Malformed, what }));
+            }
+            Ok(0) | Err(_) => return Err(None),
         }
     }
 }
@@ -162,6 +169,14 @@ enum State {
     Closed,
 }
 
+/// What came of writing.
+struct Wrote {
+    /// Nothing is left.
+    all: bool,
+    /// The session takes packets.
+    wants_input: bool,
+}
+
 impl<S> Driver<S> {
     fn new(gateway: Arc<Gateway>, connection: Arc<Connection>, stream: S, input: Vec<u8>) -> Self {
         let version = gateway.hub.with_quietly(&connection, |session, _, _| session.version()).0;
@@ -198,7 +213,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = self.get_mut();
         this.connection.waker.register(cx.waker());
-        if this.poll_open(cx).is_err() {
+        if let Err(error) = this.poll_open(cx) {
+            if error.kind() == io::ErrorKind::InvalidData {
+                this.gateway.hub.shared.metrics.refused(Reason::Malformed);
+            }
             this.state = State::Closed;
         }
         if this.state != State::Open && this.poll_closing(cx).is_ready() {
@@ -212,84 +230,98 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
     /// Writes and reads while the connection is open; an error means that the socket is gone.
     fn poll_open(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         while self.state == State::Open {
-            let written = self.poll_write(cx)?;
-            if self.state != State::Open {
-                break;
-            }
-            if self.paused(cx) {
+            let Wrote { wants_input, .. } = self.poll_write(cx)?;
+            if self.state != State::Open || self.paused(cx) {
                 break;
             }
             if !self.input.is_empty() {
                 let input = std::mem::take(&mut self.input);
                 let used = self.take_packets(&input);
-                self.input = input[used..].to_vec();
+                self.input = behind(input, used);
+                // There may be something to write now, or a pause to poll.
+                if used > 0 || self.sleep.is_some() {
+                    continue;
+                }
             }
-            if self.sleep.is_some() {
-                continue; // poll the pause that just began
-            }
-            let hub = &self.gateway.hub;
-            let (wants_input, has_output) = hub
-                .with_quietly(&self.connection, |session, _, _| {
-                    self.connection.pause(!session.wants_input());
-                    (session.wants_input(), session.has_output() || session.is_ended())
-                })
-                .0;
-            let read = wants_input && self.poll_read(cx)?;
-            let more_to_write = has_output && written;
-            if !read && !more_to_write {
+            if !(wants_input && self.poll_read(cx)?) {
                 break;
             }
         }
         Ok(())
     }
 
-    /// Writes all that waits. Says whether the socket took it; marks the connection as closing when the session ended.
-    fn poll_write(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+    /// Writes all that waits; marks the connection as closing when the session ended.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> io::Result<Wrote> {
         loop {
-            let Some(writing) = &mut self.writing else {
-                let hub = &self.gateway.hub;
-                let ((out, ended), _) = hub.with_quietly(&self.connection, |session, now_ms, effects| {
+            if let Some(mut writing) = self.writing.take()
+                && !self.poll_write_out(cx, &mut writing)?
+            {
+                self.writing = Some(writing);
+                return Ok(self.blocked());
+            }
+            let hub = &self.gateway.hub;
+            let ((mut out, wants_input, is_ended), _) =
+                hub.with_quietly(&self.connection, |session, now_ms, effects| {
                     let out = session.take_output();
                     if !out.is_empty() {
                         session.on_written(now_ms, effects);
                     }
-                    (out, session.is_ended())
+                    self.connection.pause(!session.wants_input());
+                    (out, session.wants_input(), session.is_ended())
                 });
-                if !out.is_empty() {
+            if !out.is_empty() {
+                if !self.poll_write_out(cx, &mut out)? {
                     self.writing = Some(Box::new(out));
-                    continue;
+                    return Ok(self.blocked());
                 }
-                if !self.flushed {
-                    match Pin::new(&mut self.stream).poll_flush(cx)? {
-                        Poll::Ready(()) => self.flushed = true,
-                        Poll::Pending => return Ok(false),
-                    }
+                continue;
+            }
+            if !self.flushed {
+                match Pin::new(&mut self.stream).poll_flush(cx)? {
+                    Poll::Ready(()) => self.flushed = true,
+                    Poll::Pending => return Ok(Wrote { all: false, wants_input }),
                 }
-                if ended {
-                    self.begin_closing();
-                }
-                return Ok(true);
-            };
+            }
+            if is_ended {
+                self.begin_closing();
+            }
+            return Ok(Wrote { all: true, wants_input });
+        }
+    }
+
+    /// Writes `out` as far as the socket takes it; says whether that is all.
+    fn poll_write_out(&mut self, cx: &mut Context<'_>, out: &mut OutBuffer) -> io::Result<bool> {
+        let stream = &mut self.stream;
+        while !out.is_empty() {
             let mut slices = [IoSlice::new(&[]); SLICES];
-            let count = writing.slices(&mut slices);
-            match Pin::new(&mut self.stream).poll_write_vectored(cx, &slices[..count])? {
+            let written = match out.slices(&mut slices) {
+                // The kernel takes one piece with less ado.
+                1 => Pin::new(&mut *stream).poll_write(cx, &slices[0]),
+                count => Pin::new(&mut *stream).poll_write_vectored(cx, &slices[..count]),
+            };
+            match written? {
                 Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Poll::Ready(written) => {
                     self.flushed = false;
-                    writing.advance(written);
-                    if writing.is_empty() {
-                        self.writing = None;
-                    }
+                    out.advance(written);
                 }
-                Poll::Pending => {
-                    let ended = self.gateway.hub.with_quietly(&self.connection, |session, _, _| session.is_ended()).0;
-                    if ended {
-                        self.begin_closing();
-                    }
-                    return Ok(false);
-                }
+                Poll::Pending => return Ok(false),
             }
         }
+        Ok(true)
+    }
+
+    /// The socket takes nothing more for now; the session goes on.
+    fn blocked(&mut self) -> Wrote {
+        let look = |session: &mut Session, _, _: &mut Effects| {
+            self.connection.pause(!session.wants_input());
+            (session.wants_input(), session.is_ended())
+        };
+        let ((wants_input, is_ended), _) = self.gateway.hub.with_quietly(&self.connection, look);
+        if is_ended {
+            self.begin_closing();
+        }
+        Wrote { all: false, wants_input }
     }
 
     fn begin_closing(&mut self) {
@@ -352,7 +384,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
                     }
                 }
             });
-            if used == before || throttled {
+            if used == before || used == input.len() || throttled {
                 break;
             }
         }
@@ -379,8 +411,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
         if self.state == State::Closing {
             match self.poll_write(cx) {
                 Err(_) => return Poll::Ready(()),
-                Ok(false) => return Poll::Pending,
-                Ok(true) => {}
+                Ok(Wrote { all: false, .. }) => return Poll::Pending,
+                Ok(Wrote { all: true, .. }) => {}
             }
             match Pin::new(&mut self.stream).poll_shutdown(cx) {
                 Poll::Pending => return Poll::Pending,
@@ -399,6 +431,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             }
         })
     }
+}
+
+/// What is left of `input`, without the space of what was used. The beginning of a large packet stays where it is: it grows with each read.
+fn behind(input: Vec<u8>, used: usize) -> Vec<u8> {
+    if used == 0 { input } else { input[used..].to_vec() }
 }
 
 /// MQTT over TCP and nothing else.
@@ -470,6 +507,9 @@ impl Socket for tokio_rustls::server::TlsStream<TcpStream> {}
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Socket for WebSocket<S> {}
 
+/// The largest frame that is sent, bytes: far below what a WebSocket may have waiting for its socket.
+const FRAME_BYTES_MAX: usize = 64 << 10;
+
 /// MQTT over WebSocket: a stream of bytes made of binary frames, whose borders mean nothing.
 pub struct WebSocket<S> {
     frames: WebSocketStream<S>,
@@ -483,9 +523,14 @@ impl<S> WebSocket<S> {
     }
 }
 
-fn to_io(error: tokio_tungstenite::tungstenite::Error) -> io::Error {
+/// [`io::ErrorKind::InvalidData`] is what the client did wrong.
+fn to_io(error: WebSocketError) -> io::Error {
     match error {
-        tokio_tungstenite::tungstenite::Error::Io(error) => error,
+        WebSocketError::Io(error) => error,
+        WebSocketError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => io::Error::other(error),
+        WebSocketError::Protocol(_) | WebSocketError::Capacity(_) | WebSocketError::Utf8(_) => {
+            io::Error::new(io::ErrorKind::InvalidData, error)
+        }
         error => io::Error::other(error),
     }
 }
@@ -512,6 +557,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for WebSocket<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for WebSocket<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         futures::ready!(Pin::new(&mut self.frames).poll_ready(cx)).map_err(to_io)?;
+        let bytes = &bytes[..bytes.len().min(FRAME_BYTES_MAX)];
         Pin::new(&mut self.frames).start_send(Message::Binary(Bytes::copy_from_slice(bytes))).map_err(to_io)?;
         Poll::Ready(Ok(bytes.len()))
     }
@@ -533,6 +579,16 @@ pub fn end(hub: &Arc<Hub>, connection: &Arc<Connection>, reason: Reason, text: &
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_beginning_of_a_packet_is_not_copied_with_each_read() {
+        let input = vec![7; 1_000];
+        let at = input.as_ptr();
+        let input = behind(input, 0);
+        assert_eq!((input.as_ptr(), input.len()), (at, 1_000));
+        let rest = behind(input, 990);
+        assert_eq!((&rest[..], rest.capacity()), (&[7; 10][..], 10));
+    }
 
     /// What an idle connection costs besides the kernel's socket and tokio's registration of it; the whole process is held to 1.5 KiB per
     /// connection. Both are just below sizes that the allocator has: 640 B with the reference counts, 256 B with the task's own 96.

@@ -5,17 +5,22 @@ mod rooms;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{FromRequestParts, Path, Query, State};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use im_proto::ids::{self, Conversation, is_name, shard_of};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
@@ -23,12 +28,21 @@ use im_proto::link::{
     MarkRead, Presence, Refusal, RoleChange, Send, body,
 };
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use utoipa::{OpenApi, ToSchema};
 
 use crate::hub::{AskError, Hub};
 use crate::listen::{Gateway, ListenError, SharedListener, bind_shared};
 
 const PROBLEM_JSON: &str = "application/problem+json";
+/// What each port holds its connections to.
+const BOUNDS: Bounds = Bounds { connections_max: 1_024, header_wait: Duration::from_secs(30) };
+/// For the rest of a request and its answer; an owner has 10 s of it.
+const REQUEST_WAIT: Duration = Duration::from_secs(30);
+/// Of a request: as much as the framework takes by itself, bytes, or more if a payload may be so large.
+const BODY_BYTES_MIN: usize = 2 << 20;
 /// Of an error text that the framework wrote.
 const FOREIGN_TEXT_BYTES_MAX: usize = 4 << 10;
 const PAGE_DEFAULT: u32 = 50;
@@ -62,7 +76,7 @@ pub fn spawn_admin(api: &Arc<Api>, address: SocketAddr) -> Result<SocketAddr, Li
     let failed = |error| ListenError::Bind { address, error };
     let listener = bind_shared(address)?;
     let bound = listener.local_addr().map_err(failed)?;
-    serve(health(), api, tokio::net::TcpListener::from_std(listener).map_err(failed)?);
+    serve(health(), api, tokio::net::TcpListener::from_std(listener).map_err(failed)?, BOUNDS);
     Ok(bound)
 }
 
@@ -88,13 +102,20 @@ pub fn spawn_public(api: &Arc<Api>, address: SocketAddr) -> Result<SocketAddr, L
         .route("/v1/rooms/{room}/mute", post(rooms::mute))
         .route("/v1/rooms/{room}/kick", post(rooms::kick))
         .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "no such path: see /openapi.json") })
-        .layer(axum::middleware::map_response(as_problem))
+        .layer(DefaultBodyLimit::max(body_bytes_max(api.gateway.limits.max_payload)))
+        .layer(axum::middleware::from_fn_with_state(REQUEST_WAIT, in_time))
+        .layer(axum::middleware::map_response_with_state(api.clone(), as_problem))
         .merge(health())
         .layer(axum::middleware::map_response_with_state(api.clone(), close_while_draining));
     let listener = SharedListener::bind(&api.gateway, address)?;
     let bound = listener.address();
-    serve(routes, api, listener);
+    serve(routes, api, listener, BOUNDS);
     Ok(bound)
+}
+
+/// Space for each payload that is taken: as base64 it grows by a third, what JSON escapes may double it; and for the words around it.
+fn body_bytes_max(payload_max: u32) -> usize {
+    (2 * payload_max as usize + (64 << 10)).max(BODY_BYTES_MIN)
 }
 
 fn health() -> Router<Arc<Api>> {
@@ -116,17 +137,49 @@ async fn ready(State(api): Shared) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, why).into_response()
 }
 
+/// What the connections of a port are held to: without it, whoever opens many and says nothing takes the descriptors of all others.
+#[derive(Debug, Clone, Copy)]
+struct Bounds {
+    /// Open at a time; the newest is closed.
+    connections_max: usize,
+    /// For the next request's head, also on a connection that had one before.
+    header_wait: Duration,
+}
+
 /// Serves `routes` on every connection that `listener` accepts, for ever.
-fn serve<L>(routes: Router<Arc<Api>>, api: &Arc<Api>, listener: L)
+fn serve<L>(routes: Router<Arc<Api>>, api: &Arc<Api>, mut listener: L, bounds: Bounds)
 where
-    L: axum::serve::Listener<Addr = SocketAddr>,
+    L: axum::serve::Listener<Addr = SocketAddr, Io: AsyncRead + AsyncWrite>,
 {
-    let routes = routes.with_state(api.clone());
+    let service = TowerToHyperService::new(routes.with_state(api.clone()));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(bounds.header_wait);
+    let (slots, metrics) = (Arc::new(Semaphore::new(bounds.connections_max)), api.hub().shared.metrics.clone());
     tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, routes).await {
-            tracing::error!(%error, "HTTP");
+        loop {
+            let (stream, _) = listener.accept().await;
+            let Ok(slot) = slots.clone().try_acquire_owned() else {
+                metrics.http_connections_refused.inc();
+                continue;
+            };
+            let connection = http.serve_connection(TokioIo::new(stream), service.clone());
+            let open = metrics.http_connections.clone();
+            open.inc();
+            tokio::spawn(async move {
+                if let Err(error) = connection.await {
+                    tracing::debug!(%error, "HTTP");
+                }
+                open.dec();
+                drop(slot);
+            });
         }
     });
+}
+
+/// Who sends a request too slowly does not hold his connection for ever.
+async fn in_time(State(wait): State<Duration>, request: Request, next: Next) -> Response {
+    let late = || Problem::new(StatusCode::REQUEST_TIMEOUT, "the request did not come as a whole in time");
+    timeout(wait, next.run(request)).await.unwrap_or_else(|_| late().into_response())
 }
 
 /// A gateway that drains answers what still comes over its open connections, and asks each client to dial anew: it then reaches another
@@ -180,11 +233,14 @@ impl IntoResponse for Problem {
     }
 }
 
-/// What the framework refuses by itself (another method, a path that is not UTF-8) is a problem document, too.
-async fn as_problem(response: Response) -> Response {
+/// Counts what is refused. What the framework refuses by itself (another method, a path that is not UTF-8) is a problem document, too.
+async fn as_problem(State(api): Shared, response: Response) -> Response {
     let status = response.status();
-    let is_problem = response.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == PROBLEM_JSON);
-    if is_problem || !(status.is_client_error() || status.is_server_error()) {
+    if !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    api.hub().shared.metrics.http_refused(status.as_u16());
+    if response.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == PROBLEM_JSON) {
         return response;
     }
     let (parts, body) = response.into_parts();
@@ -625,6 +681,9 @@ struct ConversationView {
 }
 
 /// Recent contacts with unread counts.
+///
+/// Pages go by the conversations' ids, and only within a page are the most recent first: whoever wants the most recent of all reads every
+/// page, of up to 200, and keeps what hears of later messages up to date.
 #[utoipa::path(get, path = "/v1/conversations", responses((status = 200, body = ConversationPage)),
     params(("after" = Option<String>, Query), ("limit" = Option<u32>, Query), ("user" = Option<String>, Query)))]
 async fn list_conversations(
@@ -873,3 +932,72 @@ async fn kick(
     components(schemas(Problem))
 )]
 struct ApiDocument;
+
+#[cfg(test)]
+mod tests {
+    use im_proto::ids::MemberId;
+    use im_proto::token::SharedToken;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::auth::Auth;
+    use crate::config::{AuthConfig, Config};
+    use crate::metrics::Metrics;
+    use crate::session::Shared;
+
+    fn api() -> Arc<Api> {
+        let config = r#"{"name":"gateway-0","admin":{"address":"127.0.0.1:0"},"auth":{"insecure":{}}}"#;
+        let config: Config = serde_json::from_str(config).expect("the smallest configuration");
+        let shared = Shared::new(1, config.session_limits(), Metrics::new());
+        let me = MemberId::new(&config.name, 1).expect("a name");
+        let hub = Hub::new(me, shared, config.rooms_config(), SharedToken::none());
+        let auth = Arc::new(Auth::new(&AuthConfig::Insecure {}, None).expect("no keys are needed"));
+        Arc::new(Api::new(Gateway::new(hub, auth, config.limits.clone())))
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_takes_a_bounded_number_of_connections_for_a_bounded_time() -> std::io::Result<()> {
+        let api = api();
+        let metrics = &api.hub().shared.metrics;
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?;
+        let bounds = Bounds { connections_max: 2, header_wait: Duration::from_millis(300) };
+        serve(health(), &api, listener, bounds);
+        let (mut silent, mut slow) = (TcpStream::connect(address).await?, TcpStream::connect(address).await?);
+        slow.write_all(b"GET /healthz HTTP/1.1\r\nx").await?;
+        let mut third = TcpStream::connect(address).await?;
+        assert_eq!(third.read(&mut [0; 8]).await?, 0, "the newest is closed");
+        assert_eq!((metrics.http_connections.get(), metrics.http_connections_refused.get()), (2, 1));
+        for stream in [&mut silent, &mut slow] {
+            let end = timeout(Duration::from_secs(10), stream.read_to_end(&mut Vec::new())).await;
+            end.expect("closed after its time")?;
+        }
+        // The slots are given back right after the sockets are closed.
+        let served = async {
+            loop {
+                let mut stream = TcpStream::connect(address).await?;
+                let mut answer = [0; 12];
+                stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n").await?;
+                if stream.read_exact(&mut answer).await.is_ok() {
+                    return std::io::Result::Ok(answer);
+                }
+            }
+        };
+        assert_eq!(&timeout(Duration::from_secs(10), served).await.expect("served")?, b"HTTP/1.1 200");
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn who_does_not_send_the_rest_of_a_request_is_told_so() -> std::io::Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let mut stream = TcpStream::connect(listener.local_addr()?).await?;
+        let wait = axum::middleware::from_fn_with_state(Duration::from_millis(100), in_time);
+        serve(Router::new().route("/", post(|_: Bytes| async {})).layer(wait), &api(), listener, BOUNDS);
+        stream.write_all(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhell").await?;
+        let mut answer = [0; 12];
+        timeout(Duration::from_secs(10), stream.read_exact(&mut answer)).await.expect("answered")?;
+        assert_eq!(&answer, b"HTTP/1.1 408");
+        Ok(())
+    }
+}

@@ -37,7 +37,7 @@ use self::rooms::{Entering, Rooms, kept_out};
 enum Token {
     Session(Arc<Connection>, u32),
     Ask(oneshot::Sender<Answer>),
-    RoomJoined(Arc<str>),
+    RoomJoined(Arc<str>, u64),
     RoomCounts(u32),
     Nobody,
 }
@@ -86,9 +86,20 @@ struct Routing {
     router: Router<Token>,
     /// Per shard the `Announced` that is not answered: void as soon as the shard has a new owner.
     announced: HashMap<u32, u64>,
-    members: HashSet<MemberId>,
     term: u64,
     number: u64,
+}
+
+/// Ends the process when it is dropped by a panic. A link whose task died would never be dialled again, and its member's shards would be
+/// silent for all clients of this gateway; a new process gets all of them back.
+struct EndsWithPanic;
+
+impl Drop for EndsWithPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
 }
 
 /// Why a question to an owner has no answer.
@@ -122,7 +133,7 @@ impl Hub {
     /// A hub without links; they come with the first map. `link_token` authenticates this tier to the owners.
     pub fn new(me: MemberId, shared: Arc<Shared>, rooms: RoomsConfig, link_token: SharedToken) -> Arc<Self> {
         let router = Router::new(0, Limits::default());
-        let routing = Routing { router, announced: HashMap::new(), members: HashSet::new(), term: 0, number: 0 };
+        let routing = Routing { router, announced: HashMap::new(), term: 0, number: 0 };
         let hub = Arc::new(Self {
             me: me.clone(),
             shared,
@@ -136,6 +147,7 @@ impl Hub {
         });
         let weak = Arc::downgrade(&hub);
         let handler: LinkHandler = Arc::new(move |event| {
+            let _guard = EndsWithPanic;
             if let Some(hub) = weak.upgrade() {
                 hub.on_link(event);
             }
@@ -201,10 +213,7 @@ impl Hub {
                 return;
             }
             (routing.term, routing.number) = (term, map.number);
-            let members: HashSet<MemberId> = business.iter().map(|(member, _)| member.clone()).collect();
-            for gone in std::mem::replace(&mut routing.members, members.clone()).difference(&members) {
-                routing.router.link_down(gone);
-            }
+            routing.router.keep_links(&self.me, business.iter().map(|(member, _)| member));
             for (shard, (owner, epoch)) in std::iter::zip(&map.owners, &map.epochs).enumerate() {
                 if let Some(Some(owner)) = owner.checked_sub(1).and_then(|index| parsed.get(index as usize)) {
                     routing.router.claim(shard as u32, *epoch, owner);
@@ -335,7 +344,7 @@ impl Hub {
             }
             // Who asked may have gone.
             Token::Ask(sender) => drop(sender.send(answer)),
-            Token::RoomJoined(room) => self.room_joined(&room, &answer),
+            Token::RoomJoined(room, number) => self.room_joined(&room, number, &answer),
             Token::RoomCounts(shard) => self.counts_answered(shard, &answer),
             Token::Nobody => {}
         }
@@ -380,7 +389,7 @@ impl Hub {
             users.lock().entry(user).or_insert_with(|| Vec::with_capacity(1)).push(connection.clone());
         }
         self.shared.metrics.connections.inc();
-        self.apply(&connection, &mut connection.session.lock(), &mut effects);
+        self.apply(&connection, &mut connection.session.lock(), self.clock.now_ms(), &mut effects);
         connection
     }
 
@@ -422,14 +431,20 @@ impl Hub {
     ) -> (R, bool) {
         let mut effects = Effects::default();
         let mut session = connection.session.lock();
-        let result = event(&mut session, self.clock.now_ms(), &mut effects);
-        self.apply(connection, &mut session, &mut effects);
+        let now_ms = self.clock.now_ms();
+        let result = event(&mut session, now_ms, &mut effects);
+        self.apply(connection, &mut session, now_ms, &mut effects);
         let resume = connection.paused.load(Ordering::Relaxed) && session.wants_input();
         (result, resume || session.has_output() || session.is_ended())
     }
 
-    fn apply(self: &Arc<Self>, connection: &Arc<Connection>, session: &mut Session, effects: &mut Effects) {
-        let now_ms = self.clock.now_ms();
+    fn apply(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        session: &mut Session,
+        now_ms: u64,
+        effects: &mut Effects,
+    ) {
         while !effects.is_empty() {
             let Effects { cancel, requests, rooms } = std::mem::take(effects);
             let (mut answers, mut welcomes) = (Vec::new(), Vec::new());
@@ -457,7 +472,8 @@ impl Hub {
             for room in rooms {
                 match room {
                     RoomEffect::Enter { room, part, ticket } => {
-                        let (name, entering) = self.enter_room(&room, part, connection, session.user(), ticket);
+                        let who = (&**session.user(), session.version());
+                        let (name, entering) = self.enter_room(&room, part, connection, who, ticket);
                         session.share_room_name(&name);
                         match entering {
                             Entering::Waits => {}
@@ -471,7 +487,7 @@ impl Hub {
                     RoomEffect::Leave { room, part } => self.leave_room(&room, part, connection),
                     RoomEffect::Count { room, counter, count, ticket } => {
                         let waiter = ticket.map(|ticket| (connection, ticket));
-                        answers.extend(self.count_in_room(&room, counter, count, waiter));
+                        answers.extend(self.count_in_room(&room, counter, count, session.user(), waiter));
                     }
                 }
             }
@@ -498,9 +514,15 @@ impl Hub {
         self.connections.lock().iter().map(|(_, connection)| connection.clone()).collect()
     }
 
-    /// What time brings; to be called once a second.
-    pub fn tick(self: &Arc<Self>) {
-        for connection in self.all() {
+    /// What time brings to one of `parts` equal parts of the connections; to be called for each of them once a second. All at once would
+    /// hold up everybody else.
+    pub fn tick(self: &Arc<Self>, part: usize, parts: usize) {
+        let connections: Vec<Arc<Connection>> = {
+            let connections = self.connections.lock();
+            let slots = (part..connections.capacity()).step_by(parts);
+            slots.filter_map(|slot| connections.get(slot).cloned()).collect()
+        };
+        for connection in connections {
             self.with(&connection, |session, now_ms, effects| session.on_tick(now_ms, effects));
         }
     }
@@ -567,5 +589,27 @@ impl Hub {
                 Err(AskError::NoOwner)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_panic_in_a_link_ends_the_process() -> std::io::Result<()> {
+        const INSIDE: &str = "IM_TEST_OF_A_PANIC";
+        if std::env::var_os(INSIDE).is_some() {
+            let _guard = EndsWithPanic;
+            panic!("of the test");
+        }
+        let mut again = Command::new(std::env::current_exe()?);
+        again.args(["--exact", "hub::tests::a_panic_in_a_link_ends_the_process"]).env(INSIDE, "1");
+        let status = again.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        assert_eq!(status.signal(), Some(6), "SIGABRT, not {status}");
+        Ok(())
     }
 }

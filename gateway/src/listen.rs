@@ -313,7 +313,10 @@ async fn tls(gateway: Arc<Gateway>, stream: TcpStream, half_open: HalfOpen, acce
     let accept = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(64 << 10)));
     match timeout_at(half_open.deadline, accept).await {
         Ok(Ok(stream)) => handshake(gateway, stream, half_open).await,
-        Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
+        Ok(Err(error)) => {
+            gateway.hub.shared.metrics.handshakes_failed.inc();
+            tracing::debug!(%error, "TLS handshake");
+        }
         Err(_) => drop(gateway.hub.shared.metrics.slow_handshakes.inc()),
     }
 }
@@ -328,7 +331,10 @@ async fn web_socket(gateway: Arc<Gateway>, stream: TcpStream, half_open: HalfOpe
         .max_frame_size(Some(size_max.max(256 << 10)));
     match timeout_at(half_open.deadline, accept_hdr_async_with_config(stream, subprotocol, Some(config))).await {
         Ok(Ok(frames)) => handshake(gateway, WebSocket::new(frames), half_open).await,
-        Ok(Err(error)) => tracing::debug!(%error, "WebSocket handshake"),
+        Ok(Err(error)) => {
+            gateway.hub.shared.metrics.handshakes_failed.inc();
+            tracing::debug!(%error, "WebSocket handshake");
+        }
         Err(_) => drop(gateway.hub.shared.metrics.slow_handshakes.inc()),
     }
 }

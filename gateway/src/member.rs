@@ -281,12 +281,16 @@ impl Member {
         }
         self.gateway.set_serving(false);
         self.shed_some(usize::MAX);
-        // Likes that were counted and not sent yet.
-        self.gateway.hub.send_counts();
-        // The last Close of each session has to reach its owner, and the clients their reason.
+        // The last Close of each session has to reach its owner, and the clients their reason; what was counted goes behind the counts
+        // under way, or again.
         let mut ticks = interval(SHED_INTERVAL);
         let last = Instant::now() + Duration::from_millis(500);
-        while (self.gateway.hub.connections() > 0 || self.gateway.hub.unanswered() > 0) && Instant::now() < last {
+        loop {
+            self.gateway.hub.send_counts();
+            let is_done = self.gateway.hub.connections() == 0 && self.gateway.hub.unanswered() == 0;
+            if is_done || Instant::now() >= last {
+                return;
+            }
             ticks.tick().await;
         }
     }

@@ -24,6 +24,11 @@ struct ReasonLabel {
     reason: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StatusLabel {
+    status: u16,
+}
+
 /// A gauge with a fraction.
 pub type FloatGauge = Gauge<f64, AtomicU64>;
 
@@ -32,6 +37,7 @@ pub type FloatGauge = Gauge<f64, AtomicU64>;
 pub struct Metrics {
     registry: Arc<Registry>,
     refused: Family<ReasonLabel, Counter>,
+    http_refused: Family<StatusLabel, Counter>,
     averages: Arc<Mutex<Averages>>,
     /// Open client connections.
     pub connections: Gauge,
@@ -61,6 +67,12 @@ pub struct Metrics {
     pub send_buffer_full: Counter,
     /// Handshakes that were too slow.
     pub slow_handshakes: Counter,
+    /// TLS and WebSocket handshakes that failed.
+    pub handshakes_failed: Counter,
+    /// Open HTTP connections.
+    pub http_connections: Gauge,
+    /// HTTP connections that were closed because too many are open.
+    pub http_connections_refused: Counter,
     /// Times that a client's reading was paused for sending too fast.
     pub throttled: Counter,
     /// Announcements of sessions to an owner.
@@ -108,6 +120,8 @@ impl Metrics {
             metrics.connects_refused_per_second.clone(),
         );
         registry.register("refused", "Refusals by reason", metrics.refused.clone());
+        registry.register("http_refused", "HTTP requests refused, by status", metrics.http_refused.clone());
+        registry.register("http_connections", "Open HTTP connections", metrics.http_connections.clone());
         for (name, help, counter) in [
             ("accepted", "Publishes taken from clients", &metrics.accepted),
             ("acked", "Messages acknowledged as stored", &metrics.acked),
@@ -120,6 +134,12 @@ impl Metrics {
             ("too_large_for_client", "Messages over a client's maximum packet size", &metrics.too_large_for_client),
             ("send_buffer_full", "Deliveries put off because a client reads slowly", &metrics.send_buffer_full),
             ("slow_handshakes", "Handshakes that were too slow", &metrics.slow_handshakes),
+            ("handshakes_failed", "TLS and WebSocket handshakes that failed", &metrics.handshakes_failed),
+            (
+                "http_connections_refused",
+                "HTTP connections closed because too many are open",
+                &metrics.http_connections_refused,
+            ),
             ("throttled", "Pauses of clients that send too fast", &metrics.throttled),
             ("announced", "Announcements of sessions to owners", &metrics.announced),
             ("connected", "Clients that got their CONNACK", &metrics.connected),
@@ -139,6 +159,11 @@ impl Metrics {
     /// How often something was refused for this reason.
     pub fn refusals(&self, reason: Reason) -> u64 {
         self.refused.get_or_create(&ReasonLabel { reason: reason.name() }).get()
+    }
+
+    /// Counts an HTTP request that was refused.
+    pub fn http_refused(&self, status: u16) {
+        self.http_refused.get_or_create(&StatusLabel { status }).inc();
     }
 
     /// Notes a client that got its CONNACK so long after its CONNECT.

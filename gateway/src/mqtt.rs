@@ -39,8 +39,6 @@ macro_rules! reasons {
 reasons! {
     /// It worked; a normal disconnection.
     Success = 0x00, "success";
-    /// A client's DISCONNECT that wants its will published.
-    DisconnectWithWill = 0x04, "disconnect with will";
     /// UNSUBSCRIBE of what was not subscribed.
     NoSubscriptionExisted = 0x11, "no subscription existed";
     /// Refused for now, for a reason without a code of its own.
@@ -644,10 +642,10 @@ impl OutBuffer {
     }
 
     /// Fills `slices` for one vectored write and says how many there are.
-    pub fn slices<'a>(&'a mut self, slices: &mut [IoSlice<'a>]) -> usize {
-        self.seal();
+    pub fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
+        let open = Some(&self.open[..]).filter(|open| !open.is_empty());
         let mut count = 0;
-        for (slice, bytes) in slices.iter_mut().zip(&self.full) {
+        for (slice, bytes) in slices.iter_mut().zip(self.full.iter().map(|bytes| &bytes[..]).chain(open)) {
             *slice = IoSlice::new(bytes);
             count += 1;
         }
@@ -665,6 +663,7 @@ impl OutBuffer {
             written -= front.len();
             self.full.pop_front();
         }
+        self.open.advance(written.min(self.open.len()));
     }
 
     /// All that waits, in one piece.

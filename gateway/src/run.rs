@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use im_proto::dial::ControlDialer;
 use im_proto::ids::{IdError, MemberId};
+use im_proto::map_hint;
 use im_proto::process::cpu_time;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -17,6 +18,9 @@ use crate::listen::{self, Gateway, ListenError, Wrap};
 use crate::member::{Identity, Member};
 use crate::metrics::Metrics;
 use crate::session::Shared;
+
+/// In how many parts the connections' time passes.
+const TICKS_PER_SECOND: u32 = 20;
 
 /// Why a gateway does not start.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +68,9 @@ pub fn start(config: &Config) -> Result<Running, StartError> {
     let auth = Arc::new(Auth::new(&config.auth, config.service_tokens_file.as_deref())?);
     let token = config.shared_token()?;
     let hub = Hub::new(me, shared, config.rooms_config(), token.clone());
+    if let Some(map) = config.map_hint_file.as_deref().and_then(map_hint::read) {
+        hub.on_map(0, &map);
+    }
     let gateway = Gateway::new(hub.clone(), auth, config.limits.clone());
     let listen = |address, wrap| listen::spawn(&gateway, address, wrap);
     let mqtt = config.mqtt.as_ref().map(|at| listen(at.address, Wrap::Plain)).transpose()?;
@@ -87,11 +94,13 @@ pub fn start(config: &Config) -> Result<Running, StartError> {
 }
 
 async fn keep_time(hub: Arc<Hub>) {
-    let mut ticks = interval(Duration::from_secs(1));
+    let mut ticks = interval(Duration::from_secs(1) / TICKS_PER_SECOND);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
+    for part in (0..TICKS_PER_SECOND).cycle() {
         ticks.tick().await;
-        hub.tick();
-        hub.shared.metrics.sample(cpu_time());
+        hub.tick(part as usize, TICKS_PER_SECOND as usize);
+        if part == 0 {
+            hub.shared.metrics.sample(cpu_time());
+        }
     }
 }

@@ -7,12 +7,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Client, PLAIN, eventually, gateway};
+use common::{Client, PLAIN, connect_packet, eventually, gateway};
+use futures::{SinkExt, StreamExt};
 use im_gateway::connection::WebSocket;
 use im_gateway::mqtt::Reason;
+use im_gateway::run::Running;
 use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 
@@ -44,22 +47,112 @@ async fn chat_over_tcp() {
     eventually("no connection is left", || running.gateway.hub.connections() == 0).await;
 }
 
+async fn dial_web_socket(address: SocketAddr) -> tokio_tungstenite::WebSocketStream<TcpStream> {
+    let mut request = format!("ws://{address}/mqtt").into_client_request().unwrap();
+    request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("mqtt"));
+    let (stream, response) =
+        tokio_tungstenite::client_async(request, TcpStream::connect(address).await.unwrap()).await.unwrap();
+    assert_eq!(response.headers()["sec-websocket-protocol"], "mqtt");
+    stream
+}
+
 #[tokio::test]
 async fn chat_over_web_socket() {
     let (running, _owner) = gateway(PLAIN).await;
     let address = running.web_socket.unwrap();
-    let dial = || async move {
-        let mut request = format!("ws://{address}/mqtt").into_client_request().unwrap();
-        request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("mqtt"));
-        let (stream, response) =
-            tokio_tungstenite::client_async(request, TcpStream::connect(address).await.unwrap()).await.unwrap();
-        assert_eq!(response.headers()["sec-websocket-protocol"], "mqtt");
-        WebSocket::new(stream)
-    };
+    let metrics = &running.gateway.hub.shared.metrics;
+    let dial = || async { WebSocket::new(dial_web_socket(address).await) };
     chat(dial().await, dial().await).await;
+    assert_eq!((metrics.handshakes_failed.get(), metrics.refusals(Reason::Malformed)), (0, 0), "who left did no wrong");
     let plain = format!("ws://{address}/mqtt").into_client_request().unwrap();
     let refused = tokio_tungstenite::client_async(plain, TcpStream::connect(address).await.unwrap()).await;
     assert!(refused.is_err(), "without the subprotocol");
+    eventually("it is counted", || metrics.handshakes_failed.get() == 1).await;
+    // Text is no MQTT, before CONNECT and after it.
+    for (count, before) in [(1, None), (2, Some(connect_packet("alice", "phone", b"x")))] {
+        let mut frames = dial_web_socket(address).await;
+        if let Some(connect) = before {
+            frames.send(Message::binary(connect)).await.unwrap();
+            assert_eq!(frames.next().await.unwrap().unwrap().into_data()[0], 0x20);
+        }
+        frames.send(Message::text("hello")).await.unwrap();
+        while let Some(Ok(_)) = frames.next().await {}
+        eventually("it is counted", || metrics.refusals(Reason::Malformed) == count).await;
+    }
+}
+
+#[tokio::test]
+async fn large_messages_go_over_a_web_socket() {
+    let limits = r#""limits":{"maxPacketSize":4000000,"sendBufferBytes":16000000},"auth""#;
+    let (running, _owner) = gateway(&PLAIN.replace("\"auth\"", limits)).await;
+    let dial = || async { WebSocket::new(dial_web_socket(running.web_socket.unwrap()).await) };
+    let mut alice = Client::connect(dial().await, "alice", "phone").await;
+    let mut bob = Client::connect(dial().await, "bob", "tablet").await;
+    assert_eq!(bob.subscribe("inbox/#").await, 1);
+    let large: Vec<u8> = (0..3_000_000_u32).map(|index| (index % 251) as u8).collect();
+    assert_eq!(alice.publish(1, "u/bob", &large).await.0, 0);
+    assert!(bob.message().await.payload == large);
+}
+
+/// A gateway with limits, and how to dial it.
+async fn limited(limits: &str) -> (Running, impl AsyncFn() -> Client<TcpStream>) {
+    let (running, _owner) = gateway(&PLAIN.replace("\"auth\"", &format!("\"limits\":{limits},\"auth\""))).await;
+    let address = running.mqtt.unwrap();
+    (running, async move || Client::new(TcpStream::connect(address).await.unwrap()))
+}
+
+fn refused_for_want_of_room(running: &Running) -> u64 {
+    running.gateway.hub.shared.metrics.connects_refused.get()
+}
+
+#[tokio::test]
+async fn only_so_many_connects_a_second_are_taken() {
+    let (running, dial) = limited(r#"{"connectRate":1}"#).await;
+    let mut codes = Vec::new();
+    // They come within less than nine seconds, however busy the machine is.
+    for _ in 0..10 {
+        codes.push(dial().await.login("alice", "phone").await);
+    }
+    assert!(codes.contains(&Some(Reason::ConnectionRateExceeded.code())), "{codes:?}");
+    let refused = codes.iter().filter(|code| **code != Some(0)).count() as u64;
+    assert_eq!(refused_for_want_of_room(&running), refused);
+}
+
+#[tokio::test]
+async fn only_so_many_connections_before_their_connect_are_taken() {
+    let (running, dial) = limited(r#"{"halfOpenMax":1}"#).await;
+    let mut silent = dial().await;
+    assert_eq!(dial().await.login("bob", "phone").await, None, "closed without an answer");
+    assert_eq!(refused_for_want_of_room(&running), 1);
+    assert_eq!(silent.login("alice", "phone").await, Some(0));
+    assert_eq!(dial().await.login("bob", "phone").await, Some(0), "there is room again");
+}
+
+#[tokio::test]
+async fn only_so_many_connections_are_taken() {
+    let (running, dial) = limited(r#"{"maxConnections":1}"#).await;
+    let mut alice = dial().await;
+    assert_eq!(alice.login("alice", "phone").await, Some(0));
+    assert_eq!(dial().await.login("bob", "phone").await, Some(Reason::QuotaExceeded.code()));
+    assert_eq!(refused_for_want_of_room(&running), 1);
+    drop(alice);
+    eventually("she is gone", || running.gateway.hub.connections() == 0).await;
+    assert_eq!(dial().await.login("bob", "phone").await, Some(0));
+}
+
+#[tokio::test]
+async fn who_sends_too_fast_is_read_more_slowly() {
+    let (running, dial) = limited(r#"{"messageRate":20}"#).await;
+    let mut alice = dial().await;
+    assert_eq!(alice.login("alice", "phone").await, Some(0));
+    let start = std::time::Instant::now();
+    alice.send(&[0xC0, 0].repeat(50)).await;
+    for _ in 0..50 {
+        assert_eq!(alice.receive().await, Some((0xD0, Vec::new())), "each PINGREQ is answered");
+    }
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(1_400), "20 at once, the other 30 within 1.5 s: {took:?}");
+    assert_ne!(running.gateway.hub.shared.metrics.throttled.get(), 0);
 }
 
 #[tokio::test]
@@ -267,27 +360,38 @@ async fn bytes_that_are_no_mqtt_end_in_a_reason_or_a_close() {
     chat(TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()).await;
 }
 
+async fn ask_http(address: SocketAddr, method: &str, path: &str, token: &str, body: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn the_json_api_takes_each_payload_that_the_limits_allow() {
+    let limits = r#""limits":{"maxPayload":3000000},"auth""#;
+    let (running, _owner) = gateway(&PLAIN.replace("\"auth\"", limits)).await;
+    let body = format!(r#"{{"to":"bob","payloadBase64":"{}"}}"#, "AAAA".repeat(1_000_000));
+    let answer = ask_http(running.http.unwrap(), "POST", "/v1/messages", "insecure:alice", &body).await;
+    assert!(answer.contains("200 OK") && answer.contains("\"seq\":1"), "{answer}");
+}
+
 #[tokio::test]
 async fn the_json_api_answers_and_refuses_in_problem_documents() {
     let (running, _owner) = gateway(&PLAIN.replace("\"auth\"", "\"limits\":{\"maxPayload\":1000},\"auth\"")).await;
-    let address = running.http.unwrap();
-    let ask = |method: &'static str, path: &'static str, token: &'static str, body: &'static str| async move {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!(
-            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
-            body.len()
-        );
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
-    };
+    let ask = |method, path, token, body| ask_http(running.http.unwrap(), method, path, token, body);
     let sent = ask("POST", "/v1/messages", "insecure:alice", r#"{"to":"bob","payload":"hi","id":"m1"}"#).await;
     assert!(sent.contains("200 OK") && sent.contains("\"seq\":1"), "{sent}");
     // messages.maxPayload is below limits.maxPacketSize here, as it is everywhere.
-    let post = |bytes: usize| format!(r#"{{"to":"bob","payload":"{}"}}"#, "x".repeat(bytes)).leak();
-    assert!(ask("POST", "/v1/messages", "insecure:alice", post(1_000)).await.contains("200 OK"));
-    let large = ask("POST", "/v1/messages", "insecure:alice", post(1_001)).await;
+    let post = |bytes: usize| format!(r#"{{"to":"bob","payload":"{}"}}"#, "x".repeat(bytes));
+    let (largest, larger) = (post(1_000), post(1_001));
+    assert!(ask("POST", "/v1/messages", "insecure:alice", &largest).await.contains("200 OK"));
+    let large = ask("POST", "/v1/messages", "insecure:alice", &larger).await;
     assert!(large.contains("413 ") && large.contains("messages.maxPayload is 1000"), "{large}");
     let history = ask("GET", "/v1/conversations/u/alice/messages", "insecure:bob", "").await;
     assert!(history.contains("\"payload\":\"hi\"") && history.contains("\"from\":\"alice\""), "{history}");
@@ -301,5 +405,10 @@ async fn the_json_api_answers_and_refuses_in_problem_documents() {
     assert!(ask("GET", "/nowhere", "x", "").await.contains("404 "));
     assert!(ask("GET", "/openapi.json", "x", "").await.contains("/v1/presence/{user}"));
     assert!(ask("GET", "/readyz", "x", "").await.contains("200 OK"));
-    assert!(ask("GET", "/metrics", "x", "").await.contains("im_connections 0"));
+    let metrics = ask("GET", "/metrics", "x", "").await;
+    assert!(metrics.contains("im_connections 0"), "{metrics}");
+    for (status, count) in [(400, 1), (401, 1), (403, 2), (404, 1), (413, 1)] {
+        let line = format!("im_http_refused_total{{status=\"{status}\"}} {count}\n");
+        assert!(metrics.contains(&line), "no {line}{metrics}");
+    }
 }

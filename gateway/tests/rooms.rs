@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::{Client, FakeOwner, PLAIN, Received, eventually, gateway};
 use im_gateway::mqtt::Reason;
 use im_proto::link::{Count, RoomKick, RoomMessage, RoomStats, push};
-use mqtt_protocol_core::mqtt::packet::{Qos, v5_0};
+use mqtt_protocol_core::mqtt::packet::{Qos, SubEntry, SubOpts, v3_1_1, v5_0};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -165,8 +165,9 @@ async fn who_does_not_read_loses_room_messages_and_no_chat_and_holds_up_nobody()
 
 #[tokio::test]
 async fn likes_are_merged_and_acknowledged_when_they_are_stored() {
-    let config = PLAIN.replace("\"auth\"", r#""rooms":{"flushIntervalMs":100},"auth""#);
-    let (running, owner) = gateway(&config).await;
+    // As fast as the fan likes.
+    let settings = r#""rooms":{"flushIntervalMs":100},"limits":{"messageRate":1000},"auth""#;
+    let (running, owner) = gateway(&PLAIN.replace("\"auth\"", settings)).await;
     let mut fan = enter(running.mqtt.unwrap(), "fan", "r/stage").await;
     owner.refuse_counts(2);
     for _ in 0..500 {
@@ -233,4 +234,142 @@ async fn who_is_kicked_leaves_and_stays_out() {
     owner.push(message(2, 10));
     assert_eq!(number(&bob.message().await), 2);
     assert_eq!(eve.subscribe("r/stage").await, 0);
+}
+
+/// A viewer of the older version: what he is sent, byte by byte, is topic and payload alone.
+async fn enter_v311(address: std::net::SocketAddr, user: &str, filter: &str) -> Tcp {
+    let mut client = Client::new(TcpStream::connect(address).await.unwrap());
+    let connect = v3_1_1::Connect::builder().client_id("tv").unwrap().user_name(user).unwrap();
+    let connect = connect.password(b"x".to_vec()).unwrap().clean_session(true).build().unwrap();
+    client.send(&connect.to_continuous_buffer()).await;
+    assert_eq!(client.receive().await.unwrap(), (0x20, vec![0, 0]));
+    let entry = SubEntry::new(filter, SubOpts::new()).unwrap();
+    let subscribe = v3_1_1::Subscribe::builder().packet_id(9u16).entries(vec![entry]).build().unwrap();
+    client.send(&subscribe.to_continuous_buffer()).await;
+    assert_eq!(client.receive().await.unwrap().0, 0x90);
+    client
+}
+
+#[tokio::test]
+async fn messages_are_encoded_for_those_who_came_since_too() {
+    let (running, owner) = gateway(PLAIN).await;
+    let address = running.mqtt.unwrap();
+    owner.keep_history(2);
+    let mut new = enter(address, "new", "r/stage").await;
+    owner.push(message(1, 10));
+    assert_eq!(number(&new.message().await), 1);
+    let mut old = enter_v311(address, "old", "r/stage").await;
+    for size in [10, 11, 12] {
+        if size > 10 {
+            owner.push(message(size as u64 - 9, size));
+            assert_eq!(number(&new.message().await), size as u64 - 9);
+        }
+        let (first, body) = old.receive().await.unwrap();
+        let (publish, _) = v3_1_1::Publish::parse(first & 0x0F, body.into()).unwrap();
+        assert_eq!((publish.topic_name(), publish.payload().len()), ("r/stage", size), "history, then what comes");
+    }
+    let delivered = &running.gateway.hub.shared.metrics.delivered;
+    eventually("each delivery is counted", || delivered.get() == 5).await;
+}
+
+#[tokio::test]
+async fn a_join_that_is_refused_is_said_again() {
+    let config = PLAIN.replace("\"auth\"", r#""rooms":{"flushIntervalMs":50},"auth""#);
+    let (running, owner) = gateway(&config).await;
+    let mut fan = enter(running.mqtt.unwrap(), "fan", "r/stage").await;
+    owner.push(message(41, 10));
+    assert_eq!(number(&fan.message().await), 41);
+    owner.refuse_joins(2);
+    owner.acquire_again(2);
+    eventually("the new owner knows of the room", || owner.joins().len() >= 4).await;
+    let joins = owner.joins();
+    assert!(joins[1..].iter().all(|join| (join.viewers, join.unwatched, join.last) == (1, true, 41)), "{joins:?}");
+    // Nobody is told of it and nobody has to leave.
+    owner.push(message(42, 10));
+    assert_eq!(number(&fan.message().await), 42);
+    timeout(Duration::from_millis(300), async {
+        let mut ticks = tokio::time::interval(Duration::from_millis(10));
+        while owner.joins().len() == joins.len() {
+            ticks.tick().await;
+        }
+    })
+    .await
+    .expect_err("once it is taken it is not said again");
+}
+
+#[tokio::test]
+async fn the_owner_hears_whether_messages_or_statistics_are_wanted() {
+    let (running, owner) = gateway(PLAIN).await;
+    let address = running.mqtt.unwrap();
+    let said = || owner.joins().iter().map(|join| (join.viewers, !join.unwatched)).collect::<Vec<_>>();
+    let mut watcher = enter(address, "watcher", "r/stage/stats").await;
+    assert_eq!(said(), [(0, true)]);
+    let mut viewer = enter(address, "viewer", "r/stage").await;
+    assert_eq!(said()[1..], [(1, true)]);
+    let _other = enter(address, "other", "r/stage").await;
+    assert_eq!(said().len(), 2, "one more is told with the counts");
+    watcher.unsubscribe("r/stage/stats").await;
+    eventually("statistics are not wanted any more", || said()[2..] == [(2, false)]).await;
+    owner.push(message(1, 10));
+    assert_eq!(number(&viewer.message().await), 1);
+}
+
+#[tokio::test]
+async fn a_gift_that_its_room_can_not_count_is_refused_and_likes_are_not() {
+    let config = PLAIN.replace("\"auth\"", r#""rooms":{"flushIntervalMs":50},"auth""#);
+    let (running, owner) = gateway(&config).await;
+    let mut fan = enter(running.mqtt.unwrap(), "fan", "r/stage").await;
+    owner.do_not_count("gift/rose");
+    like(&mut fan, 1, "r/stage/like", b"").await;
+    like(&mut fan, 2, "r/stage/gift/rose", b"").await;
+    like(&mut fan, 3, "r/stage/gift/tulip", b"").await;
+    for (id, code) in [(1, 0), (2, Reason::QuotaExceeded.code()), (3, 0)] {
+        let (first, body) = fan.receive().await.unwrap();
+        let (ack, _) = v5_0::Puback::parse(&body).unwrap();
+        assert_eq!((first, ack.packet_id(), ack.reason_code().map_or(0, |code| code as u8)), (0x40, id, code));
+    }
+    // As many different ones as an interval takes.
+    owner.hold_counts(true);
+    for gift in 0..200 {
+        like(&mut fan, 0, &format!("r/stage/gift/{gift}"), b"").await;
+    }
+    like(&mut fan, 4, "r/stage/like", b"10").await;
+    eventually("gifts are refused", || running.gateway.hub.shared.metrics.room_counts_refused.get() >= 8).await;
+    owner.hold_counts(false);
+    let (_, body) = fan.receive().await.unwrap();
+    assert_eq!(&body[..2], [0, 4], "a like has its place");
+    eventually("the like is counted", || total(&owner, "like") == 11).await;
+}
+
+#[tokio::test]
+async fn who_is_kept_out_does_not_like_either() {
+    let (running, owner) = gateway(PLAIN).await;
+    let mut eve = enter(running.mqtt.unwrap(), "eve", "r/stage").await;
+    let _bob = enter(running.mqtt.unwrap(), "bob", "r/stage").await;
+    owner.push(push::Push::RoomKick(RoomKick { room: "stage".into(), user: "eve".into(), until_ms: i64::MAX }));
+    assert_eq!(eve.message().await.payload, br#"{"kicked":true}"#);
+    assert_eq!(eve.publish(1, "r/stage/like", b"").await.0, Reason::NotAuthorized.code());
+}
+
+#[tokio::test]
+async fn what_was_counted_behind_counts_under_way_is_sent_before_the_end() {
+    let config = PLAIN.replace("\"auth\"", r#""rooms":{"flushIntervalMs":60000},"auth""#);
+    let (running, owner) = gateway(&config).await;
+    let mut fan = enter(running.mqtt.unwrap(), "fan", "r/stage").await;
+    let hub = &running.gateway.hub;
+    owner.hold_counts(true);
+    like(&mut fan, 0, "r/stage/like", b"3").await;
+    let accepted = |count| move || hub.shared.metrics.accepted.get() == count;
+    eventually("the first is counted", accepted(1)).await;
+    hub.send_counts();
+    eventually("it is under way", || total(&owner, "like") == 3).await;
+    like(&mut fan, 0, "r/stage/like", b"4").await;
+    eventually("the second is counted", accepted(2)).await;
+    let leaving = running.member.leave(Duration::ZERO);
+    let answering = async {
+        assert_eq!(fan.receive().await.unwrap().0, 0xE0, "the connection is shed");
+        owner.hold_counts(false);
+    };
+    tokio::join!(leaving, answering);
+    assert_eq!(total(&owner, "like"), 7);
 }

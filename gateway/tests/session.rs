@@ -12,7 +12,7 @@ use bytes::Bytes;
 use harness::{connect, shared};
 use im_gateway::mqtt::{Connect, Packet, Publish, Reason, Subscribe, Version, Will};
 use im_gateway::session::{
-    Answer, Counter, Effects, End, Identity, RoomEffect, RoomPart, Session, SessionRequest, Shared, Window,
+    Answer, Counter, Effects, End, Identity, RoomEffect, RoomPart, Session, SessionRequest, Shared, Versions, Window,
 };
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
@@ -390,7 +390,10 @@ fn a_batch_goes_to_the_socket_when_nothing_waits_before_it() {
         let mut window = Window::default();
         for (index, size) in sizes.iter().enumerate() {
             let payload = vec![b'x'; *size].into();
-            window.push(&RoomMessage { room: "r".into(), number: index as u64 + 1, payload, ..RoomMessage::default() });
+            window.push(
+                &RoomMessage { room: "r".into(), number: index as u64 + 1, payload, ..RoomMessage::default() },
+                Versions::BOTH,
+            );
         }
         window.cut(0)
     };
@@ -438,6 +441,71 @@ fn a_new_device_gets_what_is_unread_and_a_known_one_what_it_has_not_acknowledged
     let mut known = Driven::registered(&connect(Version::V5), row);
     known.answer_next(Outcome::Heads(HeadList { heads: vec![head] }));
     assert!(matches!(known.next_request().body.body, Some(body::Body::Fetch(fetch)) if fetch.from == 4_991));
+}
+
+/// Alice with an index of two conversations, whose heads are asked of two owners.
+fn with_an_index() -> Driven {
+    let row = |id: &str| IndexRow { conversation: id.to_owned(), from_seq: 1, to_seq: 0, as_of: 0 };
+    let index = CONVERSATIONS.map(row).to_vec();
+    Driven::registered(&connect(Version::V5), Registered { index, ..Registered::default() })
+}
+
+fn no_heads() -> Outcome {
+    Outcome::Heads(HeadList::default())
+}
+
+#[test]
+fn heads_of_a_subscribe_that_was_refused_count_for_no_later_one() {
+    let mut driven = with_an_index();
+    driven.subscribe("inbox/#");
+    let late = driven.effects.requests.remove(1).ticket.unwrap();
+    driven.refuse_next(Refusal::StoreUnavailable);
+    assert_eq!(driven.packets()[0].1.last(), Some(&Reason::Unspecified.code()));
+    driven.subscribe("inbox/#");
+    driven.session.on_answer(0, late, Answer::Outcome(no_heads()), &mut driven.effects);
+    driven.answer_next(no_heads());
+    assert_eq!(driven.effects.requests.len(), 1, "nothing is written before the second owner's heads");
+    assert!(matches!(driven.answer_next(no_heads()), body::Body::Heads(_)));
+    assert!(matches!(driven.answer_next(Outcome::Done(Done {})), body::Body::Subscribe(_)));
+    assert_eq!(driven.packets()[0].1.last(), Some(&1));
+}
+
+#[test]
+fn an_unsubscribe_right_behind_its_subscribe_undoes_it() {
+    // While heads are asked for, and while the owner writes the subscription.
+    for heads in [0, 2] {
+        let mut driven = with_an_index();
+        driven.subscribe("inbox/#");
+        (0..heads).for_each(|_| drop(driven.answer_next(no_heads())));
+        let late: Vec<_> = driven.effects.requests.drain(..).collect();
+        driven.packet(Packet::Unsubscribe { packet_id: 2, filters: vec!["inbox/#"] });
+        assert_eq!(driven.effects.cancel.len(), late.len());
+        assert_eq!(driven.packets(), [(0x90, vec![0, 1, 0, 1])], "the SUBACK comes first");
+        for request in late {
+            let done = Answer::Outcome(Outcome::Done(Done {}));
+            driven.session.on_answer(0, request.ticket.unwrap(), done, &mut driven.effects);
+        }
+        driven.deliver(1);
+        let body::Body::Subscribe(subscribe) = driven.answer_next(Outcome::Done(Done {})) else { panic!("none") };
+        assert!(!subscribe.subscribed);
+        assert_eq!(driven.packets(), [(0xB0, vec![0, 2, 0, 0])], "and nothing is delivered");
+        assert!(driven.effects.requests.is_empty());
+    }
+}
+
+#[test]
+fn who_could_not_unsubscribe_misses_nothing() {
+    let mut driven = with_an_index();
+    driven.subscribe("inbox/#");
+    driven.answer_next(no_heads());
+    driven.answer_next(no_heads());
+    driven.answer_next(Outcome::Done(Done {}));
+    driven.packet(Packet::Unsubscribe { packet_id: 2, filters: vec!["inbox/#"] });
+    driven.deliver(1);
+    driven.refuse_next(Refusal::StoreUnavailable);
+    driven.tick(1_000);
+    let asked: Vec<_> = driven.effects.requests.iter().map(|request| request.body.body.as_ref().unwrap()).collect();
+    assert!(matches!(asked[..], [body::Body::Heads(_), body::Body::Heads(_)]), "{asked:?}");
 }
 
 #[test]
@@ -489,6 +557,18 @@ fn a_dup_of_what_was_left_unanswered_goes_under_its_old_key() {
 }
 
 #[test]
+fn what_was_left_unanswered_is_known_to_the_next_connection_alone() {
+    let left = Taken { packet_id: 9, hash: 1, key: Bytes::from_static(b"another boot's 1") };
+    let mut next =
+        Driven::registered(&connect(Version::V311), Registered { taken: vec![left], ..Registered::default() });
+    next.publish(7, "u/bob", b"x");
+    next.next_request();
+    next.session.end(End::Broken, &mut next.effects);
+    let Some(body::Body::Close(close)) = next.next_request().body.body else { panic!("not a Close") };
+    assert_eq!(close.taken.iter().map(|taken| taken.packet_id).collect::<Vec<_>>(), [7]);
+}
+
+#[test]
 fn the_newer_session_wins() {
     let kick = |counter| KickSession {
         user: "alice".to_owned(),
@@ -532,6 +612,50 @@ fn late_acknowledgements_acknowledge_nothing() {
 }
 
 #[test]
+fn an_owner_that_was_replaced_and_does_not_know_it_makes_nobody_miss_anything() {
+    let mut driven = Driven::subscribed(Version::V5);
+    let is_fetch = |request: &SessionRequest| matches!(&request.body.body, Some(body::Body::Fetch(fetch)) if fetch.conversation == CONVERSATIONS[0]);
+    // Seq 1 is lost on the way; who is asked for it has not heard of it.
+    driven.deliver(2);
+    driven.answer_next(Outcome::Fetched(Fetched { entries: Vec::new(), next: 1, head: 0 }));
+    assert!(driven.effects.requests.is_empty(), "he is not asked again at once");
+    driven.tick(1_000);
+    assert!(is_fetch(&driven.effects.requests[0]));
+    driven.answer_next(Outcome::Fetched(Fetched { entries: vec![entry(1), entry(2)], next: 3, head: 2 }));
+    assert_eq!(driven.packets().len(), 2);
+    // Nor of a join.
+    driven.effects.requests.clear();
+    driven.deliver(4);
+    driven.refuse_next(Refusal::NotAMember);
+    driven.tick(2_000);
+    let heads = driven.effects.requests.iter().position(|it| matches!(it.body.body, Some(body::Body::Heads(_))));
+    let heads = driven.effects.requests.swap_remove(heads.unwrap()).ticket.unwrap();
+    let known = Head { conversation: CONVERSATIONS[0].to_owned(), head: 4, ..Head::default() };
+    let known = Answer::Outcome(Outcome::Heads(HeadList { heads: vec![known] }));
+    driven.session.on_answer(2_000, heads, known, &mut driven.effects);
+    assert!(driven.effects.requests.iter().any(is_fetch));
+}
+
+#[test]
+fn who_does_not_read_hears_of_read_marks_later() {
+    let mut driven = Driven::subscribed(Version::V5);
+    for seq in 1..=3 {
+        driven.deliver_in(CONVERSATIONS[0], Entry { payload: Bytes::from(vec![b'x'; 3_000]), ..entry(seq) });
+    }
+    driven.session.on_read_state(CONVERSATIONS[0], "bob", 2);
+    driven.tick(1_000);
+    driven.effects.requests.retain(|request| matches!(request.body.body, Some(body::Body::Heads(_))));
+    assert!(driven.effects.requests.is_empty(), "nothing is asked that can't be told");
+    assert_eq!(driven.packets().len(), 3);
+    driven.tick(2_000);
+    let marked = Head { conversation: CONVERSATIONS[0].to_owned(), head: 3, peer_mark: 2, ..Head::default() };
+    driven.answer_next(Outcome::Heads(HeadList { heads: vec![marked] }));
+    let (first, body) = driven.packets().remove(0);
+    let (publish, _) = v5_0::Publish::parse(first & 15, body.into()).unwrap();
+    assert_eq!((publish.topic_name(), publish.payload().as_slice()), ("inbox/read/u/bob", b"2".as_slice()));
+}
+
+#[test]
 fn who_does_not_read_holds_up_only_himself_and_loses_no_chat() {
     let mut driven = Driven::subscribed(Version::V5);
     let large = |seq| Entry { payload: Bytes::from(vec![b'x'; 3_000]), ..entry(seq) };
@@ -544,7 +668,7 @@ fn who_does_not_read_holds_up_only_himself_and_loses_no_chat() {
     assert_eq!(driven.shared.metrics.delivered.get(), 3);
     assert_eq!(driven.shared.metrics.send_buffer_full.get(), 37);
     let mut window = Window::default();
-    window.push(&RoomMessage { room: "r".into(), ..RoomMessage::default() });
+    window.push(&RoomMessage { room: "r".into(), ..RoomMessage::default() }, Versions::BOTH);
     let sent = driven.session.on_room_batch(&window.cut(0), |_| panic!("chat waits before it"));
     assert_eq!((sent.delivered, sent.lost), (0, 1), "a room's message is lost");
     assert!(driven.session.wants_input(), "he is still heard and answered");
@@ -574,7 +698,7 @@ proptest! {
         for (step, argument) in steps {
             match step {
                 0 => {
-                    window.push(&message(sizes.len() as u64, argument));
+                    window.push(&message(sizes.len() as u64, argument), Versions::BOTH);
                     sizes.push(argument);
                 }
                 1 => {
@@ -591,7 +715,7 @@ proptest! {
                         driven.session.on_room_batch(&batch, |_| 0);
                         let expected: Vec<_> = (first + from..sizes.len()).flat_map(|number| {
                             let mut alone = Window::default();
-                            alone.push(&message(number as u64, sizes[number]));
+                            alone.push(&message(number as u64, sizes[number]), Versions::BOTH);
                             let mut other = Driven::live(version);
                             other.packets();
                             other.session.on_room_batch(&alone.cut(0), |_| 0);

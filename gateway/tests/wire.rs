@@ -136,4 +136,29 @@ proptest! {
         }
         harness::feed(&input);
     }
+
+    /// The same with packets that are right, so that the session lives through many answers, pushes and ticks.
+    #[test]
+    fn whatever_owners_answer_and_when_no_session_breaks(
+        packets in proptest::collection::vec((0u8..6, 1u8..9), 1..40),
+        choices in proptest::collection::vec(any::<u8>(), 1..400),
+    ) {
+        for version in [Version::V5, Version::V311] {
+            let mut input: Vec<u8> = packets.iter().flat_map(|(kind, id)| right_packet(version, *kind, *id)).collect();
+            input.extend(&choices);
+            harness::feed_one(version, &input);
+        }
+    }
+}
+
+fn right_packet(version: Version, kind: u8, id: u8) -> Vec<u8> {
+    let properties: &[u8] = if version == Version::V5 { &[0] } else { &[] };
+    let (first, body): (u8, Vec<u8>) = match kind {
+        0 | 1 => (0x82, [&[0, id], properties, b"\0\x07inbox/#\x01"].concat()),
+        2 => (0xA2, [&[0, id], properties, b"\0\x07inbox/#"].concat()),
+        3 => (0x32, [b"\0\x05u/bob\0", &[id][..], properties, b"hello"].concat()),
+        4 => (0x82, [&[0, id], properties, b"\0\x07r/stage\0"].concat()),
+        _ => (0x40, vec![0, id]),
+    };
+    [&[first, body.len() as u8], &body[..]].concat()
 }

@@ -2,7 +2,7 @@
 //!
 //! As in client-go's leader election nobody compares the clocks of two machines: a follower takes the Lease over when it
 //! saw it unchanged for its whole duration by its own monotonic clock, and the holder stops by its own, earlier. What an
-//! operator still sends that does not know yet is refused elsewhere: each write carries the resourceVersion it is about.
+//! operator still sends that does not know yet is refused or put right elsewhere (ARCHITECTURE.md, "Which operator").
 
 use crate::control::Leadership;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};

@@ -66,6 +66,8 @@ struct Behaviour {
     hidden: AtomicBool,
     /// The store refuses its writes.
     refused: AtomicBool,
+    /// The store does not answer it.
+    cut_off: AtomicBool,
     drain_rates: Mutex<Vec<f64>>,
     shed_rates: Mutex<Vec<f64>>,
     undrained: AtomicU64,
@@ -87,6 +89,8 @@ struct Machine {
     tasks: Mutex<BTreeMap<String, Task>>,
     /// The stored map, and how often one was stored.
     stored: Mutex<(u64, Option<StoredMap>)>,
+    /// Copies of the map for members that start.
+    published: Mutex<Vec<wire::Map>>,
     /// Gateways that new connections are led to.
     serving: Mutex<BTreeSet<String>>,
     /// Shards and connections that members still had when they were stopped.
@@ -108,6 +112,7 @@ impl Machine {
             pids: AtomicU32::new(1000),
             tasks: Mutex::default(),
             stored: Mutex::default(),
+            published: Mutex::default(),
             serving: Mutex::default(),
             held_at_stop: Mutex::default(),
             full: AtomicBool::new(false),
@@ -230,6 +235,11 @@ impl Platform for Eyes {
         self.version.store(stored.0, Ordering::Relaxed);
         Ok(())
     }
+
+    async fn publish_map(&self, map: &wire::Map) -> Result<(), PlatformError> {
+        self.machine.published.lock().push(map.clone());
+        Ok(())
+    }
 }
 
 /// A member: joins again and again, obeys, and reports.
@@ -295,7 +305,7 @@ async fn join(
                 let connections = behaviour.connections.load(Ordering::Relaxed);
                 let beat = wire::Heartbeat {
                     held: held(),
-                    store_ok: true,
+                    store_ok: !behaviour.cut_off.load(Ordering::Relaxed),
                     connections,
                     drained: draining && connections == 0,
                     store_refuses: behaviour.refused.load(Ordering::Relaxed),
@@ -442,6 +452,11 @@ async fn shards_are_acquired_then_moved_to_a_newcomer_and_back_when_it_leaves() 
                 })
         })
         .await;
+    let copied = || machine.published.lock().last().cloned().unwrap_or_default();
+    let as_it_is = || wire::Map { number: 0, ..gateway.map.lock().clone() };
+    control.eventually("members that start find a copy of it", |_| copied() == as_it_is()).await;
+    let copies = machine.published.lock().len();
+    assert!(copies <= 4, "{copies} copies for a start and one more member: each is a write");
 
     machine.edit(cluster(1, 2));
     control.eventually("two again", |s| settled(s) && s.tiers.business.members.len() == 2).await;
@@ -763,6 +778,49 @@ async fn planned_moves_wait_while_the_store_refuses_writes() {
     assert_eq!(shares(&status), [32, 32], "and gets nothing yet");
     machine.behaviour("business-0").refused.store(false, Ordering::Relaxed);
     control.eventually("now it does", |s| settled(s) && shares(s).len() == 3 && s.shards.waits.is_none()).await;
+    control.end().await;
+}
+
+/// Answers every query with one number.
+async fn one_number() -> ([(axum::http::HeaderName, &'static str); 1], &'static str) {
+    let body = r#"{"status":"success","data":{"resultType":"scalar","result":[1000,"1"]}}"#;
+    ([(axum::http::header::CONTENT_TYPE, "application/json")], body)
+}
+
+#[tokio::test]
+async fn a_store_and_a_prometheus_that_stay_away_are_told_until_they_are_back() {
+    let prometheus = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let cluster = ImCluster::parse_yaml(&format!(
+        "apiVersion: imcluster.dev/v1alpha1\nkind: ImCluster\nmetadata: {{name: chat}}\nspec:\n  auth: {{insecure: {{}}}}\n  \
+         metrics: {{prometheus: {{url: 'http://{prometheus}'}}}}\n  business: {{replicas: 2, shards: {SHARDS}}}\n  \
+         gateway: {{autoscaling: {{maxReplicas: 2, metrics: [\
+         {{type: Prometheus, prometheus: {{query: work, target: {{type: Value, value: 100}}}}}}]}}}}\n"
+    ));
+    let (machine, listener) = Machine::new(cluster.unwrap()).await;
+    let mut control = Control::start(&machine, listener);
+    control.eventually("all serve", |s| settled(s) && s.tiers.gateway.ready == 1 && shares(s).len() == 2).await;
+    let began = Instant::now();
+    let cut_off = |is: bool| {
+        for member in ["business-0", "business-1"] {
+            machine.behaviour(member).cut_off.store(is, Ordering::Relaxed);
+        }
+    };
+    cut_off(true);
+    let away = control.eventually("the store is away", |s| s.shards.store_away.is_some()).await;
+    assert!(began.elapsed() > Duration::from_secs(9), "not at once, but after {:?}", began.elapsed());
+    let store = away.shards.store_away.unwrap();
+    assert_eq!((store.members, store.all), (vec!["business-0".to_owned(), "business-1".to_owned()], true));
+    let in_doubt = |s: &Status| s.prometheus.is_some() && s.tiers.gateway.in_doubt;
+    let away = control.eventually("Prometheus is away", in_doubt).await;
+    assert_eq!(away.prometheus.unwrap().reason, "PrometheusUnreachable");
+    assert!(!away.tiers.business.in_doubt, "its number is fixed");
+
+    cut_off(false);
+    let listener = TcpListener::bind(prometheus).await.unwrap();
+    let router = axum::Router::new().route("/api/v1/query", axum::routing::any(one_number));
+    let _prometheus = tokio::spawn(async move { axum::serve(listener, router).await });
+    let well = |s: &Status| s.shards.store_away.is_none() && s.prometheus.is_none() && !s.tiers.gateway.in_doubt;
+    control.eventually("all is well", well).await;
     control.end().await;
 }
 

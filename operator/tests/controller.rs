@@ -63,6 +63,19 @@ struct Operator {
 impl Operator {
     async fn start() -> (ApiServer, Self) {
         let (api, client) = ApiServer::start().await;
+        (api, Self::at(client))
+    }
+
+    /// Another one leads from now on; it knows the Deployments that there are.
+    async fn followed(self) -> Self {
+        let next = Self::at(self.context.client().clone());
+        drop(self);
+        tokio::spawn(next.shared.world.clone().run(Some("talk".to_owned())));
+        next.shared.world.ready().await;
+        next
+    }
+
+    fn at(client: Client) -> Self {
         let (leads, leadership) = watch::channel(Leadership::Leading);
         let shared = Shared {
             world: world(client),
@@ -74,7 +87,7 @@ impl Operator {
         shared.metrics.statuses.set_leading(true);
         let (shared, (store, clusters)) = (Arc::new(shared), reflector::store());
         let context = Arc::new(Context::new(shared.clone(), store));
-        (api, Self { context, shared, clusters, _leads: leads })
+        Self { context, shared, clusters, _leads: leads }
     }
 
     /// Sees that ImCluster, and looks at it.
@@ -254,6 +267,146 @@ async fn a_spec_that_can_not_run_here_and_a_missing_secret_are_told() {
     operator.reconcile(&cluster).await;
     let started = || api.names().iter().any(|name| name.starts_with("deployments/")).then_some(());
     eventually("members are started", started).await;
+}
+
+fn deployments(api: &ApiServer) -> Vec<String> {
+    api.names().into_iter().filter(|name| name.starts_with("deployments/")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_leader_leads_what_runs_while_what_is_asked_for_can_not_be_run() {
+    let (api, mut operator) = Operator::start().await;
+    let good = object("chat", 1, &minimal());
+    api.put(CLUSTER_PATH, good.clone());
+    operator.reconcile(&good).await;
+    eventually("members are started", || (deployments(&api).len() == 2).then_some(())).await;
+    let started = deployments(&api);
+    let term = || api.get(MAP_PATH)?["spec"]["term"].as_u64();
+    let mut led = eventually("it is led", term).await;
+
+    let spec = |change: Value| {
+        let mut spec = minimal();
+        spec.as_object_mut().expect("an object").extend(change.as_object().expect("an object").clone());
+        spec
+    };
+    let policy = "/apis/networking.k8s.io/v1/namespaces/talk/networkpolicies/chat-gateway";
+    for (reason, change) in [
+        ("InvalidSpec", json!({ "serviceTokenFile": "/etc/token" })),
+        ("SecretMissing", json!({ "serviceTokenSecret": { "name": "servers", "key": "token" } })),
+        ("Unreadable", json!({ "gateway": { "replicas": "many" } })),
+        ("CannotRead", json!({ "gateway": { "replicas": 2 } })),
+    ] {
+        if reason == "CannotRead" {
+            api.fail_reads(policy, 403);
+        }
+        operator = operator.followed().await;
+        let bad = object("chat", 2, &spec(change));
+        operator.clusters.apply_watcher_event(&Event::Apply(guard(&bad)));
+        for _ in 0..2 {
+            // What can't be read is the error of the look, too.
+            let _ = reconcile(Arc::new(guard(&bad)), operator.context.clone()).await;
+        }
+        led = eventually(reason, || term().filter(|term| *term > led)).await;
+        let told = || conditions(&api, CLUSTER_PATH).contains(&format!("Degraded=True {reason}")).then_some(());
+        eventually(reason, told).await;
+        assert_eq!(deployments(&api), started, "{reason}: nobody is started or replaced");
+    }
+
+    api.heal_reads(policy);
+    let larger = object("chat", 3, &spec(json!({ "gateway": { "replicas": 2 } })));
+    operator.reconcile(&larger).await;
+    let gateways = format!("/apis/apps/v1/namespaces/talk/{}", started[1]);
+    let grown = || api.get(&gateways).filter(|found| found["spec"]["replicas"] == 2);
+    eventually("what can be run is run", grown).await;
+    assert_eq!((deployments(&api), term()), (started, Some(led)), "by the same leader");
+    let well = || (!conditions(&api, CLUSTER_PATH).iter().any(|word| word.starts_with("Degraded=True"))).then_some(());
+    eventually("nothing is wrong", well).await;
+}
+
+#[tokio::test]
+async fn as_it_runs_nobody_is_started_and_no_template_is_another_one() {
+    let (api, client) = ApiServer::start().await;
+    let deployment = |replicas: u32, template: &str| {
+        let name = format!("chat-gateway-{template}");
+        let labels = json!({
+            "app.kubernetes.io/managed-by": "imcluster-operator", "imcluster.dev/cluster": "chat",
+            "imcluster.dev/tier": "gateway", "imcluster.dev/template": template,
+        });
+        let metadata = json!({ "name": name, "namespace": "talk", "labels": labels });
+        let spec = json!({ "replicas": replicas, "selector": {}, "template": {} });
+        api.put(
+            &format!("/apis/apps/v1/namespaces/talk/deployments/{name}"),
+            json!({ "metadata": metadata, "spec": spec }),
+        );
+    };
+    deployment(1, "old");
+    deployment(3, "new");
+    let world = world(client);
+    tokio::spawn(world.clone().run(Some("talk".to_owned())));
+    world.ready().await;
+    assert_eq!(world.replicas(&ClusterKey("talk/chat".to_owned())), Some((4, 0)));
+
+    let cluster: ImCluster = serde_json::from_value(object("chat", 1, &minimal())).expect("a cluster");
+    let asked = Accepted::new(&cluster).expect("it can run");
+    let platform = KubernetesPlatform::as_it_runs(world, asked.clone().as_it_runs(4, 0));
+    let cluster = platform.cluster().expect("a cluster");
+    assert_eq!(platform.template(&cluster, Tier::Gateway), "new", "that of most");
+    let refused = platform.start(&cluster, Tier::Gateway, 1).await;
+    assert!(matches!(refused, Err(PlatformError::Refused(_))), "{refused:?}");
+    platform.set_cluster(asked);
+    let cluster = platform.cluster().expect("a cluster");
+    assert_ne!(platform.template(&cluster, Tier::Gateway), "new", "what is asked for can be run");
+    platform.load_map().await.expect("answers");
+    platform.save_map(&stored(1, 0)).await.expect("leads");
+    platform.start(&cluster, Tier::Gateway, 1).await.expect("starts one");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_not_be_read_is_told_and_read_again() {
+    let (api, mut operator) = Operator::start().await;
+    let cluster = object("chat", 1, &minimal());
+    api.put(CLUSTER_PATH, cluster.clone());
+    operator.reconcile(&cluster).await;
+    eventually("a status", || (!conditions(&api, CLUSTER_PATH).is_empty()).then_some(())).await;
+    let path = "/api/v1/namespaces/talk/services/chat";
+    api.fail_reads(path, 500);
+    for _ in 0..2 {
+        let look = reconcile(Arc::new(guard(&cluster)), operator.context.clone()).await;
+        assert!(look.is_err(), "it is an error of the look, too");
+    }
+    let told = || {
+        let words = api.get(CLUSTER_PATH)?["status"]["conditions"][2].clone();
+        (words["reason"] == "CannotRead").then_some(words)
+    };
+    let told = eventually("it is told", told).await;
+    let message = told["message"].as_str().expect("words").to_owned();
+    assert!(message.contains("Service chat") && message.contains("500"), "{message}");
+    api.heal_reads(path);
+    operator.reconcile(&cluster).await;
+    let good = || (!conditions(&api, CLUSTER_PATH).contains(&"Degraded=True CannotRead".to_owned())).then_some(());
+    eventually("it is read again", good).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configuration_that_somebody_deleted_comes_back_and_one_that_nobody_uses_goes() {
+    let (api, mut operator) = Operator::start().await;
+    let cluster = object("chat", 1, &minimal());
+    api.put(CLUSTER_PATH, cluster.clone());
+    operator.reconcile(&cluster).await;
+    eventually("members are started", || (deployments(&api).len() == 2).then_some(())).await;
+    for deployment in deployments(&api) {
+        let config = deployment.replace("deployments/", "configmaps/");
+        let path = format!("/api/v1/namespaces/talk/{config}");
+        let made = api.get(&path).expect("the configuration")["data"].clone();
+        assert!(made.is_object(), "{config}");
+        api.remove(&path);
+        operator.reconcile(&cluster).await;
+        assert_eq!(api.get(&path).expect("it is back")["data"], made);
+    }
+    let unused = "/api/v1/namespaces/talk/configmaps/chat-gateway-0123abcd";
+    api.put(unused, json!({ "metadata": { "name": "chat-gateway-0123abcd", "namespace": "talk" } }));
+    operator.reconcile(&cluster).await;
+    assert_eq!(api.get(unused), None);
 }
 
 /// A Secret with one key.
@@ -436,6 +589,33 @@ async fn an_earlier_leader_can_not_write_the_map_any_more() {
     api.put(MAP_PATH, map);
     later.save_map(&stored(2, 1)).await.expect("replaces it all the same");
     assert_eq!(api.get(MAP_PATH).expect("the map")["spec"]["number"], 1);
+}
+
+#[tokio::test]
+async fn a_mark_meets_the_pod_that_it_is_meant_for_and_no_other_of_its_name() {
+    let (api, client) = ApiServer::start().await;
+    let path = "/api/v1/namespaces/talk/pods/chat-gateway-0";
+    let pod = |uid: &str| {
+        let labels = json!({ "imcluster.dev/cluster": "chat", "imcluster.dev/tier": "gateway" });
+        json!({ "metadata": { "name": "chat-gateway-0", "namespace": "talk", "uid": uid, "labels": labels } })
+    };
+    let serving = || api.get(path).expect("the pod")["metadata"]["labels"]["imcluster.dev/serving"].clone();
+    api.put(path, pod("a"));
+    let world = world(client);
+    let watches = tokio::spawn(world.clone().run(Some("talk".to_owned())));
+    world.ready().await;
+    // From here on nothing more is heard of pods.
+    watches.abort();
+    let _ = watches.await;
+    let cluster: ImCluster = serde_json::from_value(object("chat", 1, &minimal())).expect("a cluster");
+    let platform = KubernetesPlatform::new(world, Accepted::new(&cluster).expect("it can run"));
+    api.put(path, pod("b"));
+    let refused = platform.set_serving("chat-gateway-0", true).await;
+    assert!(matches!(refused, Err(PlatformError::Refused(_))), "{refused:?}");
+    assert_eq!(serving(), Value::Null);
+    api.put(path, pod("a"));
+    platform.set_serving("chat-gateway-0", true).await.expect("it is the one");
+    assert_eq!(serving(), "true");
 }
 
 #[tokio::test]

@@ -1,8 +1,6 @@
 //! The Prometheus client and a round of measuring against a fake of the HTTP API that gives every kind of answer. Each
 //! kind is a path below which the API is served; `e2e/tests/prometheus.rs` has the real one.
 
-#![allow(clippy::expect_used, reason = "a test's own expectations")]
-
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Path;

@@ -7,6 +7,7 @@
 pub mod dial;
 pub mod ids;
 pub mod links;
+pub mod map_hint;
 pub mod process;
 pub mod reload;
 pub mod router;
@@ -22,6 +23,11 @@ pub mod link {
         pub fn bytes_in_hand(&self) -> u64 {
             const BESIDES_PAYLOAD: u64 = 64;
             self.payload.len() as u64 + BESIDES_PAYLOAD
+        }
+
+        /// A copy to keep: the payload of what came over a link is a part of all that the link said at once.
+        pub fn detached(&self) -> Self {
+            Self { payload: self.payload.to_vec().into(), ..self.clone() }
         }
     }
 }

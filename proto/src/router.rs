@@ -1,4 +1,4 @@
-//! Carries requests to whoever owns a shard, in order per shard, across moves, lost owners and broken links (design §3).
+//! Carries requests to whoever owns a shard, in order per shard, across moves, lost owners and broken links.
 //!
 //! Sans-I/O: events in, [`Output`]s out. The rules that keep order without forwarding:
 //! * an epoch is learnt only from the map or from the owner that acquired it; a request is sent for exactly one epoch;
@@ -103,7 +103,7 @@ pub struct Router<T, B = Bytes> {
     limits: Limits,
     routes: Vec<Route<T, B>>,
     shard_by_request: HashMap<u64, u32, foldhash::fast::RandomState>,
-    linked: HashSet<MemberId>,
+    linked: HashSet<MemberId, foldhash::fast::RandomState>,
     next_id: u64,
     bytes: usize,
     outputs: Vec<Output<T, B>>,
@@ -141,7 +141,7 @@ impl<T, B: Waiting> Router<T, B> {
             limits,
             routes: (0..shards).map(|_| route()).collect(),
             shard_by_request: HashMap::default(),
-            linked: HashSet::new(),
+            linked: HashSet::default(),
             next_id: 1,
             bytes: 0,
             outputs: Vec::new(),
@@ -221,6 +221,15 @@ impl<T, B: Waiting> Router<T, B> {
         }
     }
 
+    /// Only these are linked any more, besides `me`.
+    pub fn keep_links<'a>(&mut self, me: &MemberId, members: impl Iterator<Item = &'a MemberId> + Clone) {
+        let is_gone = |linked: &&MemberId| *linked != me && !members.clone().any(|member| member == *linked);
+        let gone: Vec<MemberId> = self.linked.iter().filter(is_gone).cloned().collect();
+        for member in gone {
+            self.link_down(&member);
+        }
+    }
+
     /// A member claims shards that it acquired.
     pub fn owned(&mut self, member: &MemberId, owned: &Owned) {
         for claim in &owned.shards {
@@ -228,10 +237,15 @@ impl<T, B: Waiting> Router<T, B> {
         }
     }
 
-    /// Somebody (the owner itself, or the map) says who acquired which epoch of a shard.
+    /// Somebody (the owner itself, or the map) says who acquired which epoch of a shard. An epoch has one owner, but whoever restarts at
+    /// the same address may be linked under the name of its earlier boot: without that link, the other name counts.
     pub fn claim(&mut self, shard: u32, epoch: u64, owner: &MemberId) {
         let Some(route) = self.routes.get_mut(shard as usize) else { return };
-        if epoch <= route.ended || epoch < route.epoch || (epoch == route.epoch && route.owner.is_some()) {
+        let is_known = |known: &MemberId| known == owner || self.linked.contains(known);
+        if epoch <= route.ended
+            || epoch < route.epoch
+            || (epoch == route.epoch && route.owner.as_ref().is_some_and(is_known))
+        {
             return;
         }
         route.epoch = epoch;
@@ -396,6 +410,23 @@ mod tests {
         router.take_outputs();
         router.claim(0, 2, &b);
         assert_eq!(marks(router.take_outputs()), [(2, true, 9, 2), (3, false, 9, 2)]);
+    }
+
+    #[test]
+    fn who_was_linked_under_an_earlier_name_is_found_under_the_right_one() {
+        let (earlier, now) = (member("a"), MemberId::new("a", 2).expect("a good name"));
+        let mut router: Router<u32> = Router::new(1, Limits::default());
+        router.link_up(&earlier);
+        router.owned(&earlier, &Owned { shards: vec![crate::link::OwnedShard { shard: 0, epoch: 7 }] });
+        router.request(0, 0, body(), 1).expect("room");
+        assert_eq!(sent(router.take_outputs()).len(), 1);
+        router.claim(0, 7, &member("b"));
+        assert_eq!(router.owner(0), Some((&earlier, 7)), "an epoch has one owner");
+        router.keep_links(&member("me"), [&now].into_iter());
+        router.claim(0, 7, &now);
+        router.link_up(&now);
+        assert_eq!(sent(router.take_outputs()), [("a".to_owned(), 7, 1)]);
+        assert_eq!(router.owner(0), Some((&now, 7)));
     }
 
     #[test]

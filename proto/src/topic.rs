@@ -1,6 +1,6 @@
-//! The topic grammar: what a client may publish and subscribe, and the topics it receives on (design §2).
+//! The topic grammar: what a client may publish and subscribe, and the topics it receives on.
 
-use crate::ids::{Conversation, NAME_BYTES_MAX, is_name};
+use crate::ids::{NAME_BYTES_MAX, is_name};
 
 /// Where a PUBLISH goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,30 +98,6 @@ impl<'a> Subscription<'a> {
     }
 }
 
-/// The topic on which `user` receives an entry of `conversation` sent by `from`; `seq` is appended for MQTT 3.1.1, which has no properties.
-/// `None` if the user has no part in the conversation. A group's system entries come from `$system`.
-pub fn inbox(conversation: &str, user: &str, from: &str, seq: Option<u64>) -> Option<String> {
-    let parsed = Conversation::parse(conversation).ok()?;
-    let mut topic = match parsed {
-        Conversation::Group(group) => format!("inbox/g/{group}/{from}"),
-        Conversation::Direct(..) => format!("inbox/u/{}/{from}", parsed.peer_of(user)?),
-    };
-    if let Some(seq) = seq {
-        topic.push('/');
-        topic.push_str(&seq.to_string());
-    }
-    Some(topic)
-}
-
-/// The topic on which `user` learns of a read mark in `conversation`.
-pub fn inbox_read(conversation: &str, user: &str) -> Option<String> {
-    let parsed = Conversation::parse(conversation).ok()?;
-    Some(match parsed {
-        Conversation::Group(group) => format!("inbox/read/g/{group}"),
-        Conversation::Direct(..) => format!("inbox/read/u/{}", parsed.peer_of(user)?),
-    })
-}
-
 /// The sender shown for joins, leaves and system messages.
 pub const SYSTEM_SENDER: &str = "$system";
 
@@ -174,14 +150,5 @@ mod tests {
         for (filter, want) in cases {
             assert_eq!(Subscription::parse(filter), want, "{filter:?}");
         }
-    }
-
-    #[test]
-    fn inbox_topics() {
-        assert_eq!(inbox("u/alice/bob", "bob", "alice", None).as_deref(), Some("inbox/u/alice/alice"));
-        assert_eq!(inbox("u/alice/bob", "alice", "alice", Some(7)).as_deref(), Some("inbox/u/bob/alice/7"));
-        assert_eq!(inbox("g/team", "bob", SYSTEM_SENDER, None).as_deref(), Some("inbox/g/team/$system"));
-        assert_eq!(inbox("u/alice/bob", "carol", "alice", None), None);
-        assert_eq!(inbox_read("u/alice/bob", "bob").as_deref(), Some("inbox/read/u/alice"));
     }
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use im_proto::ids::MemberId;
 
-use crate::store::{Acquired, Claim, LogEntry, LogRange, Outcome, Released, ShardBatch, ShardRow, Store, StoreError};
+use crate::store::{
+    Acquired, Claim, LogEntry, LogRange, Outcome, Released, ScrubAt, Scrubbed, ShardBatch, ShardRow, Store, StoreError,
+};
 
 /// How many entries of a conversation's end are read with it: senders' marks are implied by what they sent in them.
 pub const TAIL_ENTRIES: u32 = 64;
@@ -38,6 +40,8 @@ pub enum StoreCall {
     Range(LogRange),
     /// A part of a shard's log.
     Since { shard: u32, after_pos: u64, limit: u32 },
+    /// Holes in a part of a shard's log.
+    Scrub { shard: u32, after: ScrubAt, limit: u32 },
 }
 
 /// The answer to the call of the same name.
@@ -55,6 +59,7 @@ pub enum StoreAnswer {
     Find(Option<LogEntry>),
     Range(Vec<LogEntry>),
     Since(Vec<LogEntry>),
+    Scrub(Scrubbed),
 }
 
 /// A conversation as stored. Keys come without their prefix.
@@ -148,6 +153,7 @@ pub async fn execute(store: &dyn Store, me: &MemberId, call: StoreCall) -> Resul
         StoreCall::Find { shard, conversation, key } => StoreAnswer::Find(store.find(shard, conversation, key).await?),
         StoreCall::Range(range) => StoreAnswer::Range(store.range(range).await?),
         StoreCall::Since { shard, after_pos, limit } => StoreAnswer::Since(store.since(shard, after_pos, limit).await?),
+        StoreCall::Scrub { shard, after, limit } => StoreAnswer::Scrub(store.scrub(shard, after, limit).await?),
         StoreCall::LoadConversation { shard, conversation } => {
             // The end of the log tells the head as well; where there is none, nobody has a mark, and no group exists.
             let range = |conversation| LogRange {

@@ -1,4 +1,4 @@
-//! An owned shard: what is asked of it, its open batch, and the commits (design §4).
+//! An owned shard: what is asked of it, its open batch, and the commits.
 //!
 //! Sequence numbers are given when a batch is formed, against what is committed, and taken over when the commit is confirmed; a batch
 //! that is not stored leaves no trace. One batch of a shard is under way at a time; what comes meanwhile waits for the next.
@@ -23,6 +23,7 @@ use super::conversation::{Conversation, GroupStep, Member, Members};
 use super::notify::{Outgoing, PeerToken};
 use super::ownership::{CONFIRMED_FOR, Leaving, RETRY_PAUSE, store_refusal};
 use super::rooms::{FormedRoom, FormingRooms, RoomWrite, Rooms};
+use super::scrub::Scrub;
 use super::users::{UserWrite, Users};
 use super::{Ask, Context, Env, LinkId, Map, ReplyTo};
 use crate::store::{Duplicate, LogEntry, LogRange, Put, ShardBatch, StoreError, Tail};
@@ -65,6 +66,7 @@ pub(super) struct OwnedShard {
     pub(super) rooms: Rooms,
     pub(super) users: Users,
     pub(super) outgoing: Outgoing,
+    pub(super) scrub: Scrub,
     parked: BTreeMap<u64, Parked>,
     next_parked: u64,
     /// Conversations whose load failed and is waited for nevertheless.
@@ -128,7 +130,34 @@ enum Formed {
     Room(FormedRoom),
 }
 
+impl Op {
+    /// The conversation or the rooms that it needs in memory.
+    fn names(&self) -> Vec<&str> {
+        match self {
+            Self::Send { send, .. } => vec![&send.conversation],
+            Self::Mark { mark, .. } => vec![&mark.conversation],
+            Self::Group { change, .. } => vec![&change.conversation],
+            Self::User(_) => Vec::new(),
+            Self::Room(RoomWrite::Counts { counts, .. }) => counts.rooms.iter().map(|count| &*count.room).collect(),
+            Self::Room(RoomWrite::Change { change, .. }) => vec![&change.room],
+        }
+    }
+}
+
 impl Formed {
+    /// See [`Op::names`].
+    fn names(&self) -> Vec<&str> {
+        match self {
+            Self::Send { send, .. } => vec![&send.conversation],
+            Self::Mark { mark, .. } => vec![&mark.conversation],
+            Self::Implied { conversation, .. } => vec![conversation],
+            Self::Group { change, .. } => vec![&change.conversation],
+            Self::User(_) => Vec::new(),
+            Self::Room(FormedRoom::Counts { counts, .. }) => counts.rooms.iter().map(|count| &*count.room).collect(),
+            Self::Room(FormedRoom::Change { change, .. }) => vec![&change.room],
+        }
+    }
+
     fn entries(&self) -> &[LogEntry] {
         match self {
             Self::Send { entry, .. } => std::slice::from_ref(entry),
@@ -153,11 +182,12 @@ pub(super) struct PendingFetch {
 }
 
 impl OwnedShard {
-    pub(super) fn new(tail: Tail, now: Duration) -> Self {
+    /// `asked_at`: when the store was asked for it, since when somebody else may have acquired it.
+    pub(super) fn new(tail: Tail, asked_at: Duration, now: Duration) -> Self {
         Self {
             number: tail.shard,
             epoch: tail.epoch,
-            confirmed_at: now,
+            confirmed_at: asked_at,
             stalled: VecDeque::new(),
             leaving: None,
             head_pos: tail.head_pos,
@@ -170,6 +200,7 @@ impl OwnedShard {
             rooms: Rooms::default(),
             users: Users::new(now),
             outgoing: Outgoing::new(tail.watermark, now),
+            scrub: Scrub::new(now),
             parked: BTreeMap::new(),
             next_parked: 1,
             load_again: Vec::new(),
@@ -197,20 +228,25 @@ impl OwnedShard {
 
     /// Takes a request that is meant for this epoch.
     pub(super) fn ask(&mut self, env: &mut Env, ask: Ask) {
-        if env.now.mono > self.confirmed_at + CONFIRMED_FOR {
+        if !self.is_confirmed(env.now.mono) {
             // Perhaps somebody else owns it by now: the check under way, or the next, tells.
             if self.stalled.len() >= env.limits.shard_ops_max && ask.may_be_refused() {
-                return env.refuse(ask.to, Refusal::Busy, "the store is slow to confirm this shard");
+                return self.refuse_in_turn(env, ask.to, Refusal::Busy, "the store is slow to confirm this shard");
             }
             return self.stalled.push_back(ask);
         }
         self.dispatch(env, ask);
     }
 
+    /// Whether the store agreed so lately that the shard is ours that questions may be answered.
+    pub(super) fn is_confirmed(&self, now: Duration) -> bool {
+        now <= self.confirmed_at + CONFIRMED_FOR
+    }
+
     /// The store agreed, at this time, that the shard is ours.
     pub(super) fn confirmed(&mut self, env: &mut Env, at: Duration) {
         self.confirmed_at = self.confirmed_at.max(at);
-        if env.now.mono <= self.confirmed_at + CONFIRMED_FOR {
+        if self.is_confirmed(env.now.mono) {
             for ask in std::mem::take(&mut self.stalled) {
                 self.dispatch(env, ask);
             }
@@ -226,7 +262,7 @@ impl OwnedShard {
             if env.parked >= env.limits.parked_max && ask.may_be_refused() {
                 // The loads go on: the next attempt finds them done.
                 self.forget_waiter(self.next_parked);
-                return env.refuse(ask.to, Refusal::Busy, "too many requests wait for the store");
+                return self.refuse_in_turn(env, ask.to, Refusal::Busy, "too many requests wait for the store");
             }
             env.parked += 1;
             self.parked.insert(self.next_parked, Parked { ask, missing });
@@ -587,6 +623,7 @@ impl OwnedShard {
         let moved = im_proto::link::Moved { shard: self.number, ended: self.epoch, to: to.clone(), released: false };
         self.leaving = Some(Leaving { to, releasing: false, ask_at: env.now.mono, cancelled: false });
         self.stalled.clear();
+        self.rooms.forget_held();
         env.parked -= self.parked.len();
         self.parked.clear();
         self.write_cursors(env);
@@ -842,9 +879,15 @@ impl OwnedShard {
                         env.refuse(to, Refusal::IdReused, "this id was used for another message");
                     }
                 }
-                (Formed::Group { to, change, .. }, Some(_)) => {
-                    if let Some(conversation) = self.conversation(&change.conversation) {
-                        let info = group_info(conversation);
+                (Formed::Group { to, change, entries, .. }, Some(stored)) => {
+                    let is_message = !change.system_message.is_empty() && entries.len() == 1;
+                    if is_message && stored.payload != change.system_message {
+                        env.refuse(to, Refusal::IdReused, "this id was used for another message");
+                    } else if let Some(conversation) = self.conversation(&change.conversation) {
+                        let mut info = group_info(conversation);
+                        if is_message {
+                            info.head = stored.seq;
+                        }
                         env.reply(to, Answer::Group(info));
                     }
                 }
@@ -923,16 +966,27 @@ impl OwnedShard {
     }
 
     /// Forgets what was not used for a while, if more than `max` are held.
-    pub(super) fn sweep(&mut self, now: Duration, max: usize) {
-        if !self.nothing_open() {
+    pub(super) fn sweep(&mut self, env: &mut Env, max: usize) {
+        let now = env.now.mono;
+        // What waits for a load may need what is there already.
+        if !self.parked.is_empty() {
             return;
         }
+        let under_way = self.under_way.iter().flatten();
+        let named: BTreeSet<&str> =
+            self.ops.iter().flat_map(Op::names).chain(under_way.clone().flat_map(Formed::names)).collect();
+        let writes_users = self.ops.iter().any(|op| matches!(op, Op::User(_)))
+            || under_way.clone().any(|write| matches!(write, Formed::User(_)));
         if self.conversations.len() > max {
-            self.conversations
-                .retain(|_, cached| !matches!(cached, Cached::Ready { used_at, .. } if *used_at + IDLE_MAX < now));
+            self.conversations.retain(|id, cached| {
+                let is_idle = matches!(cached, Cached::Ready { used_at, .. } if *used_at + IDLE_MAX < now);
+                !is_idle || named.contains(&**id)
+            });
         }
-        self.sweep_users(now, max);
-        self.rooms.sweep(now);
+        self.rooms.sweep(now, &named);
+        if !writes_users {
+            self.sweep_users(env, max);
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 //! | [`notify`] | telling the owners of recipients what was committed, until they have it |
 //! | [`users`] | one user: sessions, index, cursors; and being told |
 //! | [`rooms`] | live rooms: order, moderation, merged counts |
+//! | [`scrub`] | looking for holes in the logs, slowly and always |
 //! | [`calls`] | what is asked of the store |
 //!
 //! One core per process, driven by one task: an owner needs no locks, and a seeded loop can drive many cores through faults.
@@ -18,9 +19,11 @@ mod log;
 mod notify;
 mod ownership;
 mod rooms;
+mod scrub;
 mod users;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +35,7 @@ use im_proto::link::{
     Body, ClientFrame, Done, Moved, Owned, Push, Refusal, Refused, Register, Reply, Request, Role, ServerFrame, body,
     client_frame, push, server_frame,
 };
+use im_proto::links::LINK_SILENCE_MAX;
 use im_proto::router::{self, Router, Sending};
 use prost::Message;
 
@@ -66,6 +70,12 @@ pub struct Limits {
     pub cached_max: usize,
     /// A message's payload, bytes.
     pub payload_max: usize,
+    /// Log rows of a shard that the scrubber looks at in one go.
+    pub scrub_rows: u32,
+    /// Between two of its goes, whatever their shards.
+    pub scrub_pause: Duration,
+    /// After it came to a shard's end, until it begins anew with that shard.
+    pub scrub_interval: Duration,
     /// Messages of a live room that are kept for late comers.
     pub room_history: usize,
     /// Between two statistics of a live room.
@@ -79,11 +89,14 @@ impl Default for Limits {
             parked_max: 100_000,
             notify_window: 2_048,
             commits_max: 2,
-            commit_spacing: Duration::from_millis(6),
+            commit_spacing: Duration::from_millis(10),
             commit_ops_max: 4_096,
             commit_bytes_max: 4 << 20,
             cached_max: 200_000,
             payload_max: 256 << 10,
+            scrub_rows: 512,
+            scrub_pause: Duration::from_millis(250),
+            scrub_interval: Duration::from_secs(600),
             room_history: 0,
             room_stats_interval: Duration::from_secs(1),
         }
@@ -222,6 +235,8 @@ impl Ask {
 #[derive(Debug, Default)]
 struct Gateway {
     link: Option<LinkId>,
+    /// When it last said that it is there.
+    heard_at: Duration,
     /// When its sessions count as gone, while it has no link.
     gone_at: Option<Duration>,
     next_push: u64,
@@ -243,7 +258,7 @@ struct JobKey {
 #[derive(Debug)]
 enum Context {
     Shards,
-    Acquire(Vec<crate::store::Claim>),
+    Acquire { claims: Vec<crate::store::Claim>, at: Duration },
     Release { shard: u32, epoch: u64 },
     Check { shards: Vec<(u32, u64)>, at: Duration },
     Commit { shards: Vec<(u32, u64)>, at: Duration },
@@ -253,6 +268,7 @@ enum Context {
     Range { shard: u32, epoch: u64, fetch: log::PendingFetch },
     Find { shard: u32, epoch: u64, to: ReplyTo },
     Since { shard: u32, epoch: u64 },
+    Scrub { shard: u32, epoch: u64 },
 }
 
 /// A request, whoever asks.
@@ -398,12 +414,19 @@ struct Schedule {
     commit: Duration,
     /// Something may wait for that.
     commit_waits: bool,
+    /// The shard that it begins with.
+    commit_from: u32,
     /// A check is under way.
     checking: bool,
     last_answer: Duration,
     /// When a write was refused, unless one succeeded since.
     refused_at: Option<Duration>,
     last_load: Duration,
+    scrub: Duration,
+    /// The shard that the scrubber looks at first.
+    scrub_from: u32,
+    /// It is at work.
+    scrubbing: bool,
 }
 
 impl Core {
@@ -539,24 +562,18 @@ impl Core {
     }
 
     fn link_opened(&mut self, link: LinkId, peer: MemberId, role: Role) {
+        let is_gateway = role == Role::Gateway;
+        if let Some(old) = self.env.gateways.get(&peer).filter(|_| is_gateway).and_then(|gateway| gateway.link) {
+            // What it asked over that it asks again over the new one, which brings its rooms, too.
+            self.env.outputs.push(Output::CloseLink(old));
+            self.link_closed(old);
+        }
         self.env.links.insert(link, peer.clone());
         let owned = self.held().map(|(shard, epoch)| im_proto::link::OwnedShard { shard, epoch }).collect();
         self.env.frame(link, server_frame::Frame::Owned(Owned { shards: owned }));
-        if role == Role::Gateway {
+        if is_gateway {
             let gateway = self.env.gateways.entry(peer).or_default();
-            if let Some(old) = gateway.link.replace(link) {
-                self.env.outputs.push(Output::CloseLink(old));
-                self.env.links.remove(&old);
-                // The new link brings its rooms with it.
-                for slot in self.slots.values_mut() {
-                    if let Slot::Owned(owned) = slot {
-                        owned.rooms.link_closed(self.env.now.mono, old);
-                    }
-                }
-            }
-            gateway.gone_at = None;
-            let outstanding = std::mem::take(&mut gateway.outstanding);
-            gateway.orphaned.extend(outstanding.into_iter().map(|(_, job)| job));
+            (gateway.link, gateway.heard_at, gateway.gone_at) = (Some(link), self.env.now.mono, None);
         }
     }
 
@@ -566,7 +583,8 @@ impl Core {
             && gateway.link == Some(link)
         {
             gateway.link = None;
-            gateway.gone_at = Some(self.env.now.mono + users::GATEWAY_GRACE);
+            let silence_ends = gateway.heard_at + LINK_SILENCE_MAX;
+            gateway.gone_at = Some(silence_ends.min(self.env.now.mono + users::GATEWAY_GRACE));
             let outstanding = std::mem::take(&mut gateway.outstanding);
             gateway.orphaned.extend(outstanding.into_iter().map(|(_, job)| job));
         }
@@ -597,7 +615,12 @@ impl Core {
                     owned.rooms.took(link, &took.room, took.bytes);
                 }
             }
-            Some(client_frame::Frame::Ping(number)) => self.env.frame(link, server_frame::Frame::Pong(number)),
+            Some(client_frame::Frame::Ping(number)) => {
+                if let Some(gateway) = self.env.links.get(&link).and_then(|peer| self.env.gateways.get_mut(peer)) {
+                    gateway.heard_at = self.env.now.mono;
+                }
+                self.env.frame(link, server_frame::Frame::Pong(number));
+            }
             Some(client_frame::Frame::Hello(_)) | None => self.env.stats.malformed += 1,
         }
     }
@@ -610,6 +633,13 @@ impl Core {
         };
         match self.slots.get_mut(&shard) {
             Some(Slot::Owned(owned)) if owned.epoch == epoch && owned.leaving.is_none() => {
+                // Most requests are notifications of our own for people in memory: those are not even copied.
+                if let Form::Ours(body) = &request.body
+                    && let Some(body::Body::Notify(notify)) = &body.body
+                    && owned.notify_at_once(&mut self.env, to, notify)
+                {
+                    return;
+                }
                 let Some(body) = request.body.read() else {
                     self.env.stats.malformed += 1;
                     return self.env.refuse(to, Refusal::Invalid, "the request can't be decoded");
@@ -658,14 +688,19 @@ impl Core {
         for _ in commits..self.env.limits.commits_max {
             let (mut batches, mut shards) = (Vec::new(), Vec::new());
             let (mut ops, mut bytes) = (self.env.limits.commit_ops_max, self.env.limits.commit_bytes_max);
-            for (shard, slot) in &mut self.slots {
-                let Slot::Owned(owned) = slot else { continue };
-                if ops == 0 || bytes == 0 {
-                    break;
-                }
-                if let Some(batch) = owned.form_batch(&mut self.env, &mut ops, &mut bytes) {
-                    shards.push((*shard, owned.epoch));
-                    batches.push(batch);
+            // Round and round: where the budget ended, the next commit begins.
+            let from = self.next.commit_from;
+            for turn in [(Bound::Included(from), Bound::Unbounded), (Bound::Unbounded, Bound::Excluded(from))] {
+                for (shard, slot) in self.slots.range_mut(turn) {
+                    let Slot::Owned(owned) = slot else { continue };
+                    if ops == 0 || bytes == 0 {
+                        break;
+                    }
+                    if let Some(batch) = owned.form_batch(&mut self.env, &mut ops, &mut bytes) {
+                        self.next.commit_from = shard + 1;
+                        shards.push((*shard, owned.epoch));
+                        batches.push(batch);
+                    }
                 }
             }
             self.settle();
@@ -687,7 +722,7 @@ impl Core {
         }
         match (context, answer) {
             (Context::Shards, answer) => self.shards_read(answer),
-            (Context::Acquire(claims), answer) => self.acquire_answered(claims, answer),
+            (Context::Acquire { claims, at }, answer) => self.acquire_answered(claims, at, answer),
             (Context::Release { shard, epoch }, answer) => self.release_answered(shard, epoch, answer),
             (Context::Check { shards, at }, answer) => self.check_answered(shards, at, answer),
             (Context::Commit { shards, at }, answer) => self.commit_answered(shards, at, answer),
@@ -719,6 +754,12 @@ impl Core {
             (Context::Since { shard, epoch }, answer) => {
                 if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
                     owned.backlog_read(&mut self.env, answer);
+                }
+            }
+            (Context::Scrub { shard, epoch }, answer) => {
+                self.next.scrubbing = false;
+                if let Some(owned) = owned_at(&mut self.slots, shard, epoch) {
+                    owned.scrubbed(&mut self.env, answer);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Tells the owners of the recipients what was committed, until they have it (design §4).
+//! Tells the owners of the recipients what was committed, until they have it.
 //!
 //! The log is the queue: what is beyond the window is read again from it, and a new owner begins after the stored watermark. The
 //! watermark is the lowest `pos` that is not acknowledged, less one.
@@ -58,6 +58,27 @@ struct Part {
     /// The request under way; `None`: send at `again_at`.
     request: Option<u64>,
     again_at: Duration,
+}
+
+impl Part {
+    fn is_due(&self, now: Duration) -> bool {
+        self.request.is_none() && self.again_at <= now
+    }
+}
+
+/// Who is told by which shard's owner, in the order of shards.
+fn by_shard(recipients: Vec<Recipient>, shards: u32) -> Vec<(u32, Vec<Recipient>)> {
+    let mut placed: Vec<(u32, Recipient)> =
+        recipients.into_iter().map(|recipient| (shard_of(&recipient.user, shards), recipient)).collect();
+    placed.sort_by_key(|(shard, _)| *shard);
+    let mut groups: Vec<(u32, Vec<Recipient>)> = Vec::new();
+    for (shard, recipient) in placed {
+        match groups.last_mut() {
+            Some((last, group)) if *last == shard => group.push(recipient),
+            _ => groups.push((shard, vec![recipient])),
+        }
+    }
+    groups
 }
 
 impl Outgoing {
@@ -167,45 +188,35 @@ impl OwnedShard {
 
     fn begin(&mut self, env: &mut Env, entry: &LogEntry) -> bool {
         let Some(recipients) = self.recipients_of(env, entry) else { return false };
-        let shards: std::collections::BTreeSet<u32> =
-            recipients.iter().map(|r| shard_of(&r.user, env.shards)).collect();
         self.outgoing.started = entry.pos;
-        if shards.is_empty() {
+        if recipients.is_empty() {
             env.stats.notified += 1;
             return true;
         }
         let at = env.now.mono;
-        let mut parts: Vec<Part> =
-            shards.into_iter().map(|shard| Part { shard, request: None, again_at: at }).collect();
-        self.send_parts(env, entry, recipients, &mut parts);
+        let mut parts = Vec::new();
+        for (shard, recipients) in by_shard(recipients, env.shards) {
+            let mut part = Part { shard, request: None, again_at: at };
+            self.send_part(env, entry, recipients, &mut part);
+            parts.push(part);
+        }
         self.outgoing.pending.insert(entry.pos, Pending { entry: entry.clone(), at, parts });
         true
     }
 
-    /// Sends the parts that are due.
-    fn send_parts(&self, env: &mut Env, entry: &LogEntry, recipients: Vec<Recipient>, parts: &mut [Part]) {
-        let mut by_shard: BTreeMap<u32, Vec<Recipient>> = BTreeMap::new();
-        for recipient in recipients {
-            by_shard.entry(shard_of(&recipient.user, env.shards)).or_default().push(recipient);
-        }
-        for part in parts.iter_mut().filter(|part| part.request.is_none() && part.again_at <= env.now.mono) {
-            let notify = Notify {
-                conversation: entry.conversation.to_string(),
-                entry: Some(entry_of(entry)),
-                recipients: by_shard.remove(&part.shard).unwrap_or_default(),
-                read_states: Vec::new(),
-            };
-            let token = PeerToken::Notify {
-                shard: self.number,
-                epoch: self.epoch,
-                pos: entry.pos,
-                recipients_shard: part.shard,
-            };
-            let body = Body { body: Some(body::Body::Notify(notify)) };
-            match env.router.request(part.shard, 0, body, token) {
-                Ok(request) => part.request = Some(request),
-                Err(_) => part.again_at = env.now.mono + RETRY_PAUSE,
-            }
+    fn send_part(&self, env: &mut Env, entry: &LogEntry, recipients: Vec<Recipient>, part: &mut Part) {
+        let notify = Notify {
+            conversation: entry.conversation.to_string(),
+            entry: Some(entry_of(entry)),
+            recipients,
+            read_states: Vec::new(),
+        };
+        let (shard, epoch, recipients_shard) = (self.number, self.epoch, part.shard);
+        let token = PeerToken::Notify { shard, epoch, pos: entry.pos, recipients_shard };
+        let body = Body { body: Some(body::Body::Notify(notify)) };
+        match env.router.request(part.shard, 0, body, token) {
+            Ok(request) => part.request = Some(request),
+            Err(_) => part.again_at = env.now.mono + RETRY_PAUSE,
         }
     }
 
@@ -229,14 +240,18 @@ impl OwnedShard {
     /// Sends again what was refused for now.
     pub(super) fn retry_notifications(&mut self, env: &mut Env) {
         let now = env.now.mono;
-        let is_due =
-            |pending: &Pending| pending.parts.iter().any(|part| part.request.is_none() && part.again_at <= now);
+        let is_due = |pending: &Pending| pending.parts.iter().any(|part| part.is_due(now));
         let due: Vec<u64> =
             self.outgoing.pending.iter().filter(|(_, pending)| is_due(pending)).map(|(pos, _)| *pos).collect();
         for pos in due {
             let Some(mut pending) = self.outgoing.pending.remove(&pos) else { continue };
             if let Some(recipients) = self.recipients_of(env, &pending.entry) {
-                self.send_parts(env, &pending.entry, recipients, &mut pending.parts);
+                for (shard, recipients) in by_shard(recipients, env.shards) {
+                    let mut parts = pending.parts.iter_mut();
+                    if let Some(part) = parts.find(|part| part.shard == shard && part.is_due(now)) {
+                        self.send_part(env, &pending.entry, recipients, part);
+                    }
+                }
             }
             self.outgoing.pending.insert(pos, pending);
         }

@@ -1,4 +1,4 @@
-//! Acquiring, confirming, releasing and losing shards (design §3). The store is the judge; nothing here trusts a clock to be the owner.
+//! Acquiring, confirming, releasing and losing shards. The store is the judge; nothing here trusts a clock to be the owner.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -185,6 +185,7 @@ impl Core {
                 ControlRole::Unspecified => {}
             }
         }
+        self.env.router.keep_links(&self.env.me, members.iter().map(|(member, _)| member));
         for (shard, (owner, epoch)) in map.owners.iter().zip(&map.epochs).enumerate() {
             let owner = (*owner as usize).checked_sub(1).and_then(|index| map.members.get(index));
             if let Some(owner) =
@@ -245,11 +246,16 @@ impl Core {
             }
         }
         if !claims.is_empty() {
-            self.env.call(StoreCall::Acquire(claims.clone()), Context::Acquire(claims));
+            self.env.call(StoreCall::Acquire(claims.clone()), Context::Acquire { claims, at: now });
         }
     }
 
-    pub(super) fn acquire_answered(&mut self, claims: Vec<Claim>, answer: Result<StoreAnswer, StoreError>) {
+    pub(super) fn acquire_answered(
+        &mut self,
+        claims: Vec<Claim>,
+        at: Duration,
+        answer: Result<StoreAnswer, StoreError>,
+    ) {
         let Ok(StoreAnswer::Acquire(outcomes)) = answer else {
             let again = self.env.now.mono + RETRY_PAUSE;
             for claim in claims {
@@ -275,7 +281,8 @@ impl Core {
                     }
                     self.env.stats.acquired += 1;
                     early.append(&mut acquiring.early);
-                    self.slots.insert(tail.shard, Slot::Owned(Box::new(OwnedShard::new(tail, self.env.now.mono))));
+                    let owned = OwnedShard::new(tail, at, self.env.now.mono);
+                    self.slots.insert(tail.shard, Slot::Owned(Box::new(owned)));
                     self.env.router.claim(tail.shard, tail.epoch, &self.env.me.clone());
                     won.push((tail.shard, tail.epoch));
                 }
@@ -519,16 +526,17 @@ impl Core {
                 self.env.call(StoreCall::Check(Vec::new()), Context::Check { shards, at: now });
             }
         }
+        self.scrub();
         if now >= self.next.heartbeat {
             self.next.heartbeat = now + HEARTBEAT_INTERVAL;
             self.heartbeat();
         }
         if now >= self.next.sweep {
             self.next.sweep = now + SWEEP_INTERVAL;
-            let shards = self.slots.len().max(1);
+            let max = self.env.limits.cached_max / self.slots.len().max(1);
             for slot in self.slots.values_mut() {
                 if let Slot::Owned(owned) = slot {
-                    owned.sweep(now, self.env.limits.cached_max / shards);
+                    owned.sweep(&mut self.env, max);
                 }
             }
         }

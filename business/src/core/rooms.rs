@@ -12,8 +12,8 @@ use bytes::Bytes;
 use im_proto::ids::MemberId;
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
-    Count, Refusal, Room as RoomInfo, RoomChange, RoomCounts, RoomGet, RoomJoin, RoomJoined, RoomKick, RoomLeave,
-    RoomMessage, RoomPublish, RoomStats, Sanction, body, push,
+    Count, Refusal, Room as RoomInfo, RoomChange, RoomCounted, RoomCounter, RoomCounts, RoomGet, RoomJoin, RoomJoined,
+    RoomKick, RoomLeave, RoomMessage, RoomPublish, RoomStats, Sanction, body, push,
 };
 use im_proto::state::{CountedBoot, CountedRow, CountsRow, RoomRow, SanctionRow};
 use prost::Message;
@@ -29,12 +29,16 @@ use crate::store::{Put, StoreError};
 const WINDOW_BYTES: u64 = 256 << 10;
 /// Payload bytes of the messages kept for late comers.
 const HISTORY_BYTES_MAX: usize = 64 << 10;
-/// Different counters of one room: its likes and gifts.
-const COUNTERS_MAX: usize = 64;
+/// Different gifts of one room.
+const GIFTS_MAX: usize = 64;
+/// The counter that every room has space for.
+const LIKES: &str = "like";
 const MODERATORS_MAX: usize = 100;
 const SANCTIONS_MAX: usize = 1_000;
 /// People whose last message is remembered for slow mode; when there are more, those who may speak again are forgotten.
 const SPOKEN_MAX: usize = 10_000;
+/// Payload bytes of one shard's messages that wait until its gateways have announced their rooms.
+const HELD_BYTES_MAX: usize = 4 << 20;
 /// How long the last number of a gateway's boot is kept after it was stored.
 const COUNTED_KEPT_MS: i64 = 24 * 3_600_000;
 
@@ -48,6 +52,9 @@ pub(super) struct Rooms {
     counted: Option<BTreeMap<u64, (u64, i64)>>,
     /// Rooms whose statistics changed since they were told, and from when they may be.
     stats_due: BTreeMap<Arc<str>, Duration>,
+    /// Messages that came before all gateways had said which rooms they are in: some would miss them.
+    held: VecDeque<(ReplyTo, RoomPublish)>,
+    held_bytes: usize,
 }
 
 /// Totals by counter.
@@ -72,7 +79,10 @@ struct Room {
 /// A gateway in a room.
 #[derive(Default)]
 struct Joined {
+    /// Without any it is sent no messages.
     viewers: u32,
+    /// Somebody wants the statistics.
+    is_watching: bool,
     /// Sent to it and not sent on yet.
     bytes_in_hand: u64,
 }
@@ -149,9 +159,7 @@ impl Room {
             return;
         }
         self.history_bytes += message.payload.len();
-        // A copy: the payload is a part of all that its link said at once.
-        let payload = Bytes::copy_from_slice(&message.payload);
-        self.history.push_back(RoomMessage { payload, ..message.clone() });
+        self.history.push_back(message.detached());
         while self.history.len() > history_max || self.history_bytes > HISTORY_BYTES_MAX {
             let Some(oldest) = self.history.pop_front() else { return };
             self.history_bytes -= oldest.payload.len();
@@ -269,8 +277,10 @@ impl Rooms {
         }
     }
 
-    /// A gateway's link ended, and with it what it had in the rooms.
+    /// A gateway's link ended, and with it what it had in the rooms. What came over it is sent again over the next.
     pub(super) fn link_closed(&mut self, now: Duration, link: LinkId) {
+        self.held.retain(|(to, _)| to.link != link);
+        self.held_bytes = self.held.iter().map(|(_, publish)| publish.payload.len()).sum();
         let mut left = Vec::new();
         for (name, cached) in &mut self.rooms {
             if let Cached::Ready { value, .. } = cached
@@ -284,6 +294,12 @@ impl Rooms {
         }
     }
 
+    /// What is held goes to the next owner.
+    pub(super) fn forget_held(&mut self) {
+        self.held.clear();
+        self.held_bytes = 0;
+    }
+
     /// A gateway sent messages on, or gave them up.
     pub(super) fn took(&mut self, link: LinkId, room: &str, bytes: u64) {
         if let Some(gateway) = self.get_mut(room).and_then(|room| room.gateways.get_mut(&link)) {
@@ -291,11 +307,13 @@ impl Rooms {
         }
     }
 
-    /// Forgets rooms that no gateway is in and nobody asked about for a while.
-    pub(super) fn sweep(&mut self, now: Duration) {
-        self.rooms.retain(|_, cached| match cached {
+    /// Forgets rooms that no gateway is in and nobody asked about for a while, but for those named, of which something is to be written.
+    pub(super) fn sweep(&mut self, now: Duration, named: &BTreeSet<&str>) {
+        self.rooms.retain(|name, cached| match cached {
             Cached::Loading(_) => true,
-            Cached::Ready { value, used_at } => !value.gateways.is_empty() || *used_at + IDLE_MAX >= now,
+            Cached::Ready { value, used_at } => {
+                !value.gateways.is_empty() || *used_at + IDLE_MAX >= now || named.contains(&**name)
+            }
         });
         let rooms = &self.rooms;
         self.stats_due.retain(|room, _| rooms.contains_key(room));
@@ -326,6 +344,15 @@ impl OwnedShard {
             | body::Body::RoomChange(RoomChange { room, .. })
             | body::Body::RoomGet(RoomGet { room, .. }) => need(room),
             body::Body::RoomCounts(counts) => counts.rooms.iter().for_each(|count| need(&count.room)),
+            // All is announced only when the joins before it are through.
+            body::Body::Announced(_) => {
+                for cached in self.rooms.rooms.values_mut() {
+                    if let Cached::Loading(waiters) = cached {
+                        waiters.push(waiter);
+                        missing += 1;
+                    }
+                }
+            }
             _ => {}
         }
         missing
@@ -372,7 +399,7 @@ impl OwnedShard {
                 }
                 env.done(to);
             }
-            body::Body::RoomPublish(publish) => self.room_publish(env, to, publish),
+            body::Body::RoomPublish(publish) => self.publish_or_hold(env, to, publish),
             body::Body::RoomCounts(counts) => self.room_counts(env, to, counts),
             body::Body::RoomChange(change) => self.write_room(env, RoomWrite::Change { to, change: Box::new(change) }),
             body::Body::RoomGet(get) => {
@@ -387,7 +414,10 @@ impl OwnedShard {
     fn room_join(&mut self, env: &mut Env, to: ReplyTo, join: &RoomJoin) {
         let (history_max, now_ms) = (env.limits.room_history, env.now.wall_ms);
         let Some(room) = self.rooms.get_mut(&join.room) else { return };
-        room.gateways.insert(to.link, Joined { viewers: join.viewers, bytes_in_hand: 0 });
+        let gateway = room.gateways.entry(to.link).or_default();
+        (gateway.viewers, gateway.is_watching) = (join.viewers, !join.unwatched);
+        // Numbers go on where the last owner's ended.
+        room.number = room.number.max(join.last);
         let joined = RoomJoined {
             history: room.history.iter().cloned().collect(),
             history_max: history_max as u32,
@@ -398,10 +428,34 @@ impl OwnedShard {
         env.reply(to, Outcome::RoomJoined(joined));
     }
 
-    fn room_publish(&mut self, env: &mut Env, to: ReplyTo, publish: RoomPublish) {
+    /// Sends a message to the room; while a new owner still hears which gateways are in it, the message waits.
+    fn publish_or_hold(&mut self, env: &mut Env, to: ReplyTo, publish: RoomPublish) {
         if publish.payload.len() > env.limits.payload_max {
             return env.refuse(to, Refusal::Invalid, "the payload is too large");
         }
+        if self.presence_known(env) {
+            self.publish_held(env);
+            return self.room_publish(env, to, publish);
+        }
+        let held = &mut self.rooms.held;
+        let is_full = held.len() >= env.limits.shard_ops_max || self.rooms.held_bytes >= HELD_BYTES_MAX;
+        // What may have been taken before is never refused for now: there is no more of it than routers hold.
+        if is_full && !to.again {
+            return env.refuse(to, Refusal::Busy, "the room's gateways are still announced: try again in a moment");
+        }
+        self.rooms.held_bytes += publish.payload.len();
+        held.push_back((to, publish));
+    }
+
+    /// Sends what waited until all gateways had announced their rooms.
+    pub(super) fn publish_held(&mut self, env: &mut Env) {
+        self.rooms.held_bytes = 0;
+        for (to, publish) in std::mem::take(&mut self.rooms.held) {
+            self.room_publish(env, to, publish);
+        }
+    }
+
+    fn room_publish(&mut self, env: &mut Env, to: ReplyTo, publish: RoomPublish) {
         let Some(room) = self.rooms.get_mut(&publish.room) else { return };
         let settings = &room.settings;
         if [&settings.muted, &settings.kicked]
@@ -413,7 +467,8 @@ impl OwnedShard {
         let has_space = |gateway: &Joined| gateway.bytes_in_hand < WINDOW_BYTES;
         // What may have been taken before is never refused for now.
         if !to.again {
-            if !room.gateways.is_empty() && !room.gateways.values().any(has_space) {
+            let mut with_viewers = room.gateways.values().filter(|gateway| gateway.viewers > 0).peekable();
+            if with_viewers.peek().is_some() && !with_viewers.any(has_space) {
                 return env.refuse(to, Refusal::Busy, "the room's gateways take no more now: try again in a moment");
             }
             if !room.may_speak(env.now.mono, &publish.sender) {
@@ -426,7 +481,7 @@ impl OwnedShard {
         room.keep(&message, env.limits.room_history);
         let bytes = message.bytes_in_hand();
         self.load_count += 1;
-        for (link, gateway) in &mut room.gateways {
+        for (link, gateway) in room.gateways.iter_mut().filter(|(_, gateway)| gateway.viewers > 0) {
             if !(has_space(gateway) || to.again) {
                 env.stats.room_dropped += 1;
                 continue;
@@ -465,7 +520,7 @@ impl OwnedShard {
             RoomWrite::Counts { to, boot, counts } => {
                 let stored = self.rooms.counted.as_ref().and_then(|counted| counted.get(&boot));
                 if stored.is_some_and(|(number, _)| counts.number <= *number) {
-                    return env.done(to);
+                    return self.answer_counts(env, to, &counts);
                 }
                 if forming.rooms.numbers.get(&boot).is_some_and(|number| counts.number <= *number) {
                     // It is in this very batch: answered when that is stored.
@@ -481,11 +536,13 @@ impl OwnedShard {
                     };
                     let totals = forming.rooms.totals.entry(name.clone()).or_insert_with(|| room.totals.clone());
                     for Count { name, count } in &count.counted {
-                        let has_space = totals.len() < COUNTERS_MAX;
+                        let gifts = totals.len() - usize::from(totals.contains_key(LIKES));
+                        let has_space = name == LIKES || gifts < GIFTS_MAX;
                         match totals.get_mut(name) {
                             Some(total) => *total = total.saturating_add(*count),
                             None if has_space => drop(totals.insert(name.clone(), *count)),
-                            None => env.stats.refused += 1,
+                            // `answer_counts` tells of it.
+                            None => {}
                         }
                     }
                     totals_then.push((name.clone(), totals.clone()));
@@ -545,7 +602,7 @@ impl OwnedShard {
                     }
                     self.rooms.stats_changed(env.now.mono, &name);
                 }
-                env.done(to);
+                self.answer_counts(env, to, &counts);
             }
             FormedRoom::Change { to, change, settings, at_ms } => {
                 let Some(room) = self.rooms.get_mut(&change.room) else { return };
@@ -568,6 +625,22 @@ impl OwnedShard {
         }
     }
 
+    /// Answers counts that are stored. A counter that is in the totals stays there, so one that is not was refused, however late it is
+    /// asked again.
+    fn answer_counts(&self, env: &mut Env, to: ReplyTo, counts: &RoomCounts) {
+        let mut refused = Vec::new();
+        for count in &counts.rooms {
+            let Some(room) = self.rooms.get(&count.room) else { continue };
+            let missing = count.counted.iter().filter(|counted| !room.totals.contains_key(&counted.name));
+            refused.extend(missing.map(|counted| RoomCounter { room: count.room.clone(), name: counted.name.clone() }));
+        }
+        if refused.is_empty() {
+            return env.done(to);
+        }
+        env.stats.refused += refused.len() as u64;
+        env.reply(to, Outcome::RoomCounted(RoomCounted { refused }));
+    }
+
     // ---- now and then ---------------------------------------------------------------------------------------------------
 
     /// Tells statistics that changed, and loads again what could not be loaded.
@@ -588,12 +661,15 @@ impl OwnedShard {
         for name in due {
             self.rooms.stats_due.remove(&name);
             let Some(room) = self.rooms.get_mut(&name) else { continue };
+            let watching = room.gateways.iter().filter(|(_, gateway)| gateway.is_watching);
+            let watching: Vec<MemberId> = watching.filter_map(|(link, _)| env.links.get(link).cloned()).collect();
+            if watching.is_empty() {
+                continue;
+            }
             room.stats_at = now + env.limits.room_stats_interval;
             let stats = room.stats(&name);
-            for link in room.gateways.keys() {
-                if let Some(gateway) = env.links.get(link).cloned() {
-                    env.push(&gateway, push::Push::RoomStats(stats.clone()), None);
-                }
+            for gateway in watching {
+                env.push(&gateway, push::Push::RoomStats(stats.clone()), None);
             }
         }
     }

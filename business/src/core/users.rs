@@ -23,7 +23,7 @@ use super::ownership::{RETRY_PAUSE, Slot, store_refusal};
 use super::{Context, Core, Env, JobKey, LOCAL, Map, ReplyTo};
 use crate::store::{Put, StoreError};
 
-/// How long a gateway's sessions live on without its link. With the link's own detection it stays within 3 s of the gateway's end.
+/// How long a gateway's sessions live on without its link; less if it was silent before: they end within 3 s of the gateway.
 pub(super) const GATEWAY_GRACE: Duration = Duration::from_secs(2);
 /// How long a new owner waits for gateways to announce their sessions.
 const ANNOUNCE_WAIT: Duration = Duration::from_secs(3);
@@ -31,6 +31,8 @@ const ANNOUNCE_WAIT: Duration = Duration::from_secs(3);
 const TAKEOVER_WAIT: Duration = Duration::from_secs(1);
 /// How often cursors in memory are written.
 const CURSOR_INTERVAL: Duration = Duration::from_secs(60);
+/// How long a session that expired is kept for a gateway that was stopped and says that it lives after all.
+const EXPIRED_KEPT: Duration = Duration::from_secs(3_600);
 /// Index rows of one answer.
 const LIST_ROWS_MAX: u32 = 1_000;
 
@@ -87,6 +89,8 @@ struct Live {
     gateway: MemberId,
     connection: u64,
     since_ms: i64,
+    /// What its registration was answered: there was a session before it.
+    was_present: bool,
 }
 
 struct Registering {
@@ -175,6 +179,21 @@ impl User {
         Ok(user)
     }
 
+    /// Sessions whose time has been over for a while go.
+    fn forget_expired(&mut self, user: &str, now_ms: i64, puts: &mut Vec<Put>) {
+        let kept_from_ms = now_ms.saturating_sub(EXPIRED_KEPT.as_millis() as i64);
+        self.devices.retain(|id, device| {
+            let is_over = |row: &SessionRow| row.ended_ms != 0 && is_expired(row, kept_from_ms);
+            let is_connected = device.live.is_some() || device.registering.is_some();
+            let is_kept = is_connected || !device.row.as_ref().is_some_and(is_over);
+            if !is_kept {
+                puts.push(Put { key: keys::session(user, id), value: None });
+                puts.push(Put { key: keys::cursors(user, id), value: None });
+            }
+            is_kept
+        });
+    }
+
     fn is_stored(&self) -> bool {
         !self.index.is_empty() || self.devices.values().any(|device| device.row.is_some() || !device.cursors.is_empty())
     }
@@ -220,12 +239,22 @@ impl Device {
         CursorRow { conversations, seqs: self.cursors.values().copied().collect() }.encode_to_vec().into()
     }
 
+    /// Its gateway is gone for good.
+    fn end(&mut self, user: &str, device: &str, now_ms: i64, puts: &mut Vec<Put>) {
+        self.live = None;
+        if let Some(row) = &mut self.row {
+            row.ended_ms = now_ms;
+            puts.push(Put { key: keys::session(user, device), value: Some(row.encode_to_vec().into()) });
+            puts.push(Put { key: keys::cursors(user, device), value: Some(self.cursor_row()) });
+        }
+    }
+
     fn is_live(&self, number: Option<SessionNumber>) -> bool {
         self.live.as_ref().is_some_and(|live| Some(live.number) == number)
     }
 }
 
-/// Whether the session of this row has ended by now: with its connection, or its time is over.
+/// Whether a session of this row is none any more: it ended with its connection, or its time is over.
 fn is_expired(row: &SessionRow, now_ms: i64) -> bool {
     row.expiry_s == 0 || (row.ended_ms != 0 && row.ended_ms.saturating_add(i64::from(row.expiry_s) * 1_000) < now_ms)
 }
@@ -288,6 +317,9 @@ impl OwnedShard {
         let Some(Cached::Loading(waiters)) = self.users.users.remove(&id) else { return };
         match loaded {
             Ok(value) => {
+                let (mut value, mut puts) = (value, Vec::new());
+                value.forget_expired(&id, env.now.wall_ms, &mut puts);
+                self.write_puts(env, puts);
                 self.users.users.insert(id, Cached::Ready { value, used_at: env.now.mono });
                 self.wake(env, waiters);
             }
@@ -317,7 +349,7 @@ impl OwnedShard {
                 }
                 env.done(to);
             }
-            body::Body::Notify(notify) => self.notify(env, to, notify),
+            body::Body::Notify(notify) => self.notify(env, to, &notify),
             body::Body::Conversations(list) => {
                 let Some(user) = self.users.get(&list.user) else { return };
                 let limit = list.limit.clamp(1, LIST_ROWS_MAX) as usize;
@@ -341,16 +373,23 @@ impl OwnedShard {
                 env.reply(to, Outcome::Presence(PresenceInfo { known: known || !sessions.is_empty(), sessions }));
             }
             body::Body::Kick(kick) => {
+                let are_all_known = self.presence_known(env);
                 let Some(user) = self.users.get(&kick.user) else { return };
+                let mut was_kicked = false;
                 for (device, state) in &user.devices {
                     if let Some(live) = &state.live
                         && (kick.device.is_empty() || kick.device == **device)
                     {
                         let kicked = kick_session(&kick.user, device, live.number, KickReason::Administrative);
                         env.push(&live.gateway, kicked, None);
+                        was_kicked = true;
                     }
                 }
-                env.done(to);
+                if are_all_known || (was_kicked && !kick.device.is_empty()) {
+                    env.done(to);
+                } else {
+                    env.refuse(to, Refusal::Busy, "gateways still say who is there: try again in a moment");
+                }
             }
             body::Body::Announced(_) => {
                 if let Some(gateway) = env.links.get(&to.link).cloned() {
@@ -398,8 +437,8 @@ impl OwnedShard {
         if let Some(live) = &device.live {
             if is_same(&live.gateway, live.connection) {
                 // Its answer was lost with a link.
-                let number = live.number;
-                return self.answer_registered(env, to, &user_id, &device_id, number, true);
+                let (number, was_present) = (live.number, live.was_present);
+                return self.answer_registered(env, to, &user_id, &device_id, number, was_present);
             }
             let kicked = kick_session(&user_id, &device_id, live.number, KickReason::TakenOver);
             env.push(&live.gateway, kicked, None);
@@ -464,7 +503,14 @@ impl OwnedShard {
             return;
         };
         device.row = row;
-        device.live = Some(Live { number, gateway, connection: register.connection, since_ms: env.now.wall_ms });
+        if !env.gateways.contains_key(&gateway) {
+            // It went while this was being written: nobody would ever end the session.
+            let mut puts = Vec::new();
+            device.end(user, device_id, env.now.wall_ms, &mut puts);
+            return self.write_puts(env, puts);
+        }
+        let (connection, since_ms) = (register.connection, env.now.wall_ms);
+        device.live = Some(Live { number, gateway, connection, since_ms, was_present: is_present });
         self.answer_registered(env, to, user, device_id, number, is_present);
     }
 
@@ -516,13 +562,22 @@ impl OwnedShard {
                 );
             }
         }
-        let since_ms =
-            device.live.as_ref().filter(|live| live.number == number).map_or(env.now.wall_ms, |live| live.since_ms);
-        device.live = Some(Live { number, gateway, connection: register.connection, since_ms });
+        let before = device.live.as_ref().filter(|live| live.number == number);
+        let (since_ms, was_present) = before.map_or((env.now.wall_ms, true), |live| (live.since_ms, live.was_present));
+        device.live = Some(Live { number, gateway, connection: register.connection, since_ms, was_present });
+        // Its gateway was given up and came back: the session has not ended, and its time does not run. A registration that is being
+        // written writes that, too.
+        let is_written = device.registering.as_ref().is_some_and(|registering| registering.written.is_some());
+        let revived = device.row.as_mut().filter(|row| row.ended_ms != 0 && !is_written).map(|row| {
+            row.ended_ms = 0;
+            let value = Some(row.encode_to_vec().into());
+            Put { key: keys::session(&register.user, &register.device), value }
+        });
         let connections = device.connections;
         if device.merge(&register.cursors) {
             self.users.dirty.insert((register.user.into(), register.device.into()));
         }
+        self.write_puts(env, revived.into_iter().collect());
         let registered = Registered {
             number: Some(number),
             session_present: true,
@@ -610,8 +665,27 @@ impl OwnedShard {
 
     // ---- being told -----------------------------------------------------------------------------------------------------
 
-    fn notify(&mut self, env: &mut Env, to: ReplyTo, notify: Notify) {
-        for state in notify.read_states {
+    /// Takes a notification of this member's own if nothing has to be confirmed or read for it, and says whether it did.
+    pub(super) fn notify_at_once(&mut self, env: &mut Env, to: ReplyTo, notify: &Notify) -> bool {
+        let told = || {
+            let users = notify.recipients.iter().map(|recipient| &recipient.user);
+            users.chain(notify.read_states.iter().map(|state| &state.user))
+        };
+        let is_here = |user: &String| matches!(self.users.users.get(user.as_str()), Some(Cached::Ready { .. }));
+        if !self.is_confirmed(env.now.mono) || !told().all(is_here) {
+            return false;
+        }
+        for user in told() {
+            if let Some(Cached::Ready { used_at, .. }) = self.users.users.get_mut(user.as_str()) {
+                *used_at = env.now.mono;
+            }
+        }
+        self.notify(env, to, notify);
+        true
+    }
+
+    fn notify(&mut self, env: &mut Env, to: ReplyTo, notify: &Notify) {
+        for state in &notify.read_states {
             let Some(user) = self.users.get(&state.user) else { continue };
             let gateways: BTreeSet<MemberId> =
                 user.devices.values().filter_map(|device| Some(device.live.as_ref()?.gateway.clone())).collect();
@@ -619,21 +693,20 @@ impl OwnedShard {
                 env.push(&gateway, push::Push::ReadState(state.clone()), None);
             }
         }
-        let Some(entry) = notify.entry else { return env.done(to) };
+        let Some(entry) = &notify.entry else { return env.done(to) };
         self.load_count += 1;
         let job = env.next_job;
         env.next_job += 1;
         let key = JobKey { shard: self.number, epoch: self.epoch, job };
         let is_known = self.presence_known(env);
-        // One for ourselves, until all is counted.
-        let mut waits_for = 1;
+        let mut waits_for = 0;
         let mut is_held = false;
-        let mut by_gateway: BTreeMap<MemberId, Vec<Recipient>> = BTreeMap::new();
-        let conversation: Arc<str> = notify.conversation.as_str().into();
-        for recipient in notify.recipients {
+        // A person has one or two gateways, most notifications one person.
+        let mut by_gateway: Vec<(MemberId, Vec<Recipient>)> = Vec::new();
+        for recipient in &notify.recipients {
             let Some(user) = self.users.get(&recipient.user) else { continue };
             let mut write = None;
-            match user.index.get_mut(&conversation) {
+            match user.index.get_mut(notify.conversation.as_str()) {
                 Some(index) if index.row.as_of >= recipient.as_of => {
                     if !index.is_durable {
                         index.waiting.push(job);
@@ -649,31 +722,36 @@ impl OwnedShard {
                     let mut waiting = known.map(|index| std::mem::take(&mut index.waiting)).unwrap_or_default();
                     waiting.push(job);
                     waits_for += 1;
-                    user.index.insert(conversation.clone(), Index { row, is_durable: false, waiting });
+                    user.index.insert(notify.conversation.as_str().into(), Index { row, is_durable: false, waiting });
                     write = Some(row);
                 }
             }
-            let mut gateways = BTreeSet::new();
             let mut is_online = false;
             for (device, state) in &user.devices {
                 let Some(live) = &state.live else { continue };
                 is_online = true;
                 // A session never gets back what it sent itself.
-                if !(entry.sender == recipient.user && entry.device == **device) {
-                    gateways.insert(live.gateway.clone());
+                if entry.sender == recipient.user && entry.device == **device {
+                    continue;
+                }
+                let found = by_gateway.iter().position(|(gateway, _)| *gateway == live.gateway);
+                let index = found.unwrap_or_else(|| {
+                    by_gateway.push((live.gateway.clone(), Vec::new()));
+                    by_gateway.len() - 1
+                });
+                let recipients = &mut by_gateway[index].1;
+                if recipients.last().is_none_or(|last| last.user != recipient.user) {
+                    recipients.push(recipient.clone());
                 }
             }
             is_held |= !is_online && !is_known;
             if let Some(row) = write {
                 let puts = vec![Put {
-                    key: keys::index(&recipient.user, &conversation),
+                    key: keys::index(&recipient.user, &notify.conversation),
                     value: Some(row.encode_to_vec().into()),
                 }];
-                let then = Then::Indexed { user: recipient.user.as_str().into(), conversation: conversation.clone() };
-                self.write_user(env, UserWrite { puts, then });
-            }
-            for gateway in gateways {
-                by_gateway.entry(gateway).or_default().push(recipient.clone());
+                let (user, conversation) = (recipient.user.as_str().into(), notify.conversation.as_str().into());
+                self.write_user(env, UserWrite { puts, then: Then::Indexed { user, conversation } });
             }
         }
         for (gateway, recipients) in by_gateway {
@@ -684,8 +762,10 @@ impl OwnedShard {
             self.users.held.push(job);
             waits_for += 1;
         }
+        if waits_for == 0 {
+            return env.done(to);
+        }
         self.users.jobs.insert(job, Job { to, waits_for });
-        self.job_step(env, job);
     }
 
     /// One thing less that a notification waits for.
@@ -716,6 +796,7 @@ impl OwnedShard {
             for job in std::mem::take(&mut self.users.held) {
                 self.job_step(env, job);
             }
+            self.publish_held(env);
         }
     }
 
@@ -770,6 +851,11 @@ impl OwnedShard {
                 puts.push(Put { key: keys::cursors(&user, &device_id), value: Some(device.cursor_row()) });
             }
         }
+        self.write_puts(env, puts);
+    }
+
+    /// Writes what nobody waits for.
+    fn write_puts(&mut self, env: &mut Env, puts: Vec<Put>) {
         if !puts.is_empty() {
             self.write_user(env, UserWrite { puts, then: Then::Nothing });
         }
@@ -801,17 +887,22 @@ impl OwnedShard {
         }
     }
 
-    /// Forgets who was not asked about for a while: those of whom nothing is stored, and, if there are more than `max`, the others.
-    pub(super) fn sweep_users(&mut self, now: Duration, max: usize) {
+    /// Forgets who was not asked about for a while: those of whom nothing is stored, and, if there are more than `max`, the others. And
+    /// sessions whose time is over.
+    pub(super) fn sweep_users(&mut self, env: &mut Env, max: usize) {
+        let now = env.now.mono;
         let is_full = self.users.users.len() > max;
         let dirty: BTreeSet<Arc<str>> = self.users.dirty.iter().map(|(user, _)| user.clone()).collect();
+        let mut puts = Vec::new();
         self.users.users.retain(|id, cached| match cached {
             Cached::Loading(_) => true,
             Cached::Ready { value, used_at } => {
+                value.forget_expired(id, env.now.wall_ms, &mut puts);
                 let is_worth_it = !is_full && value.is_stored();
                 is_worth_it || *used_at + IDLE_MAX >= now || value.is_connected() || dirty.contains(id)
             }
         });
+        self.write_puts(env, puts);
     }
 
     /// A gateway is gone for good: its sessions have ended.
@@ -824,20 +915,13 @@ impl OwnedShard {
                 if device.live.as_ref().is_none_or(|live| live.gateway != *gateway) {
                     continue;
                 }
-                device.live = None;
-                if let Some(row) = &mut device.row {
-                    row.ended_ms = env.now.wall_ms;
-                    puts.push(Put { key: keys::session(user_id, device_id), value: Some(row.encode_to_vec().into()) });
-                    puts.push(Put { key: keys::cursors(user_id, device_id), value: Some(device.cursor_row()) });
-                }
+                device.end(user_id, device_id, env.now.wall_ms, &mut puts);
                 if device.registering.is_some() {
                     ended.push((user_id.clone(), device_id.clone()));
                 }
             }
         }
-        if !puts.is_empty() {
-            self.write_user(env, UserWrite { puts, then: Then::Nothing });
-        }
+        self.write_puts(env, puts);
         for (user, device) in ended {
             self.write_registration(env, &user, &device);
         }

@@ -2,6 +2,7 @@
 //! [`Store`] of it. What it does is what the other engines are held to.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -9,9 +10,9 @@ use im_proto::ids::MemberId;
 use parking_lot::Mutex;
 
 use super::{
-    ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, Duplicate, HOLES_MAX, LogEntry, LogRange, Outcome,
-    Released, ShardBatch, ShardRow, Store, StoreError, Tail, claimable, contradiction, hole_text, malformed,
-    place_taken,
+    ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, Duplicate, LogEntry, LogRange, Outcome, Released,
+    ScrubAt, Scrubbed, ShardBatch, ShardRow, Store, StoreError, Tail, claimable, contradiction, malformed, place_taken,
+    scrub_limit, scrubbed,
 };
 
 /// All shards.
@@ -209,29 +210,14 @@ impl Memory {
     }
 
     /// See [`Store::scrub`].
-    pub fn scrub(&self, number: u32) -> Vec<String> {
-        let Some(shard) = self.shards.get(&number) else { return Vec::new() };
-        let mut holes = Vec::new();
-        let mut before = 0;
-        for pos in shard.log.keys() {
-            if *pos != before + 1 {
-                holes.push(hole_text(number, "pos", before, *pos));
-            }
-            before = *pos;
-        }
-        let mut last: (&str, u64) = ("", 0);
-        for (conversation, seq) in shard.pos_by_seq.keys() {
-            let before = if last.0 == &**conversation { last.1 } else { 0 };
-            if *seq != before + 1 {
-                holes.push(hole_text(number, &format!("conversation {conversation}: seq"), before, *seq));
-            }
-            last = (conversation, *seq);
-        }
-        if shard.watermark > before {
-            holes.push(hole_text(number, "pos", before, shard.watermark + 1));
-        }
-        holes.truncate(HOLES_MAX);
-        holes
+    pub fn scrub(&self, number: u32, after: ScrubAt, limit: u32) -> Scrubbed {
+        let Some(shard) = self.shards.get(&number) else { return Scrubbed::default() };
+        let rows = scrub_limit(limit) as usize;
+        let positions: Vec<u64> =
+            shard.log.range(after.pos.saturating_add(1)..).map(|(pos, _)| *pos).take(rows).collect();
+        let behind = (Bound::Excluded((after.conversation.clone(), after.seq)), Bound::Unbounded);
+        let seqs = shard.pos_by_seq.range(behind).map(|(place, _)| place.clone()).take(rows).collect();
+        scrubbed(number, after, limit, shard.watermark, &positions, seqs)
     }
 }
 
@@ -275,7 +261,7 @@ impl Store for MemoryStore {
     fn shards(&self) -> Answer<'_, Vec<ShardRow>> {
         now(self.0.lock().shards())
     }
-    fn scrub(&self, shard: u32) -> Answer<'_, Vec<String>> {
-        now(self.0.lock().scrub(shard))
+    fn scrub(&self, shard: u32, after: ScrubAt, limit: u32) -> Answer<'_, Scrubbed> {
+        now(self.0.lock().scrub(shard, after, limit))
     }
 }

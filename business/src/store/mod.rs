@@ -44,7 +44,7 @@ pub const SHARD_MAX: u32 = (1 << 23) - 1;
 /// Where engines log how many rows of the log each transaction stored, at level TRACE: what a bare loop has to write to be compared.
 pub(crate) const TRANSACTIONS: &str = "im_business::store::transactions";
 
-/// At most so many holes are named by one [`Store::scrub`].
+/// At most so many holes are named by one call of [`Store::scrub`].
 const HOLES_MAX: usize = 100;
 
 /// Who may write a shard. A shard that was never acquired has epoch 0 and no owner.
@@ -214,6 +214,24 @@ pub struct LogRange {
     pub backward: bool,
 }
 
+/// How far a scrub has come: up to this `pos`, and, by conversation and seq, up to this entry.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // the doc above says what they are
+pub struct ScrubAt {
+    pub pos: u64,
+    pub conversation: Arc<str>,
+    pub seq: u64,
+}
+
+/// A part of a shard was looked at.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Scrubbed {
+    /// Texts that name what is missing.
+    pub holes: Vec<String>,
+    /// Where to go on; `None`: that was the end.
+    pub next: Option<ScrubAt>,
+}
+
 impl LogRange {
     fn bytes_max(&self) -> usize {
         (self.max_bytes as usize).min(ANSWER_BYTES_MAX)
@@ -286,8 +304,9 @@ pub trait Store: Send + Sync + 'static {
     /// Every row that exists.
     fn shards(&self) -> Answer<'_, Vec<ShardRow>>;
 
-    /// Texts that name the holes of a shard: `pos` must be 1 … head, `seq` of each conversation too. Reads the whole shard.
-    fn scrub(&self, shard: u32) -> Answer<'_, Vec<String>>;
+    /// Looks for holes in a part of a shard: `pos` must be 1 … head, `seq` of each conversation too. Looks at `limit` rows in either
+    /// order, and at no payloads. What is written meanwhile is no hole.
+    fn scrub(&self, shard: u32, after: ScrubAt, limit: u32) -> Answer<'_, Scrubbed>;
 }
 
 /// Where the store is.
@@ -466,6 +485,43 @@ fn place_taken(shard: u32, wanted: &LogEntry) -> String {
 fn last_puts(puts: &[Put]) -> impl Iterator<Item = &Put> {
     let last: HashMap<&str, usize> = puts.iter().enumerate().map(|(i, put)| (put.key.as_str(), i)).collect();
     puts.iter().enumerate().filter(move |(i, put)| last.get(put.key.as_str()) == Some(i)).map(|(_, put)| put)
+}
+
+/// The rows that one call of [`Store::scrub`] reads in either order.
+fn scrub_limit(limit: u32) -> u32 {
+    limit.clamp(1, ANSWER_ROWS_MAX)
+}
+
+/// What a scrub makes of what it read behind `after`, in order and up to `limit`. The watermark was read before: what was appended since
+/// then would else look lost.
+fn scrubbed(
+    shard: u32,
+    after: ScrubAt,
+    limit: u32,
+    watermark: u64,
+    positions: &[u64],
+    seqs: Vec<(Arc<str>, u64)>,
+) -> Scrubbed {
+    let is_end = positions.len().max(seqs.len()) < scrub_limit(limit) as usize;
+    let (mut at, mut holes) = (after, Vec::new());
+    for &pos in positions {
+        if pos != at.pos + 1 {
+            holes.push(hole_text(shard, "pos", at.pos, pos));
+        }
+        at.pos = pos;
+    }
+    for (conversation, seq) in seqs {
+        let before = if at.conversation == conversation { at.seq } else { 0 };
+        if seq != before + 1 {
+            holes.push(hole_text(shard, &format!("conversation {conversation}: seq"), before, seq));
+        }
+        (at.conversation, at.seq) = (conversation, seq);
+    }
+    if is_end && watermark > at.pos {
+        holes.push(hole_text(shard, "pos", at.pos, watermark + 1));
+    }
+    holes.truncate(HOLES_MAX);
+    Scrubbed { holes, next: (!is_end).then_some(at) }
 }
 
 /// The text for numbers missing between `before` and `found`. `what`: "pos", or "conversation X: seq".

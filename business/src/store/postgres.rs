@@ -32,9 +32,9 @@ use tokio::sync::RwLock;
 use tokio::time::timeout;
 
 use super::{
-    ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, Duplicate, HOLES_MAX, LogEntry, LogRange, OpenError,
-    Outcome, Released, ShardBatch, ShardRow, Store, StoreError, TRANSACTIONS, Tail, claimable, contradiction,
-    hole_text, last_puts, malformed, place_taken, prefix_end,
+    ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, Duplicate, LogEntry, LogRange, OpenError, Outcome,
+    Released, ScrubAt, Scrubbed, ShardBatch, ShardRow, Store, StoreError, TRANSACTIONS, Tail, claimable, contradiction,
+    last_puts, malformed, place_taken, prefix_end, scrub_limit, scrubbed,
 };
 
 /// How long anybody waits for a row lock; after it, the old owner's backends are ended.
@@ -553,29 +553,21 @@ impl Store for Postgres {
         })
     }
 
-    fn scrub(&self, shard: u32) -> Answer<'_, Vec<String>> {
+    fn scrub(&self, shard: u32, after: ScrubAt, limit: u32) -> Answer<'_, Scrubbed> {
         Box::pin(async move {
-            let (number, limit) = (shard as i32, HOLES_MAX as i64);
-            let positions = "SELECT before, pos FROM (SELECT pos, lag(pos, 1, 0::int8) OVER (ORDER BY pos) AS before
-                FROM log WHERE shard = $1) AS p WHERE pos <> before + 1 ORDER BY pos LIMIT $2";
-            let seqs = "SELECT before, seq, conversation FROM (
-                    SELECT conversation, seq, lag(seq, 1, 0::int8) OVER (PARTITION BY conversation ORDER BY seq) AS before
-                    FROM log WHERE shard = $1) AS s WHERE seq <> before + 1 ORDER BY conversation, seq LIMIT $2";
-            let mut holes = Vec::new();
-            for row in self.query(positions, &[&number, &limit]).await? {
-                holes.push(hole_text(shard, "pos", read::<i64>(&row, 0)? as u64, read::<i64>(&row, 1)? as u64));
-            }
-            for row in self.query(seqs, &[&number, &limit]).await? {
-                let what = format!("conversation {}: seq", read::<&str>(&row, 2)?);
-                holes.push(hole_text(shard, &what, read::<i64>(&row, 0)? as u64, read::<i64>(&row, 1)? as u64));
-            }
-            if let Some(Tail { head_pos, watermark, .. }) = self.tails(&[(shard, 0)]).await?.get(&shard)
-                && watermark > head_pos
-            {
-                holes.push(hole_text(shard, "pos", *head_pos, watermark + 1));
-            }
-            holes.truncate(HOLES_MAX);
-            Ok(holes)
+            let (number, rows) = (shard as i32, i64::from(scrub_limit(limit)));
+            let watermark = self.query("SELECT watermark FROM shard WHERE shard = $1", &[&number]).await?;
+            let watermark = watermark.first().map(|row| read::<i64>(row, 0)).transpose()?.unwrap_or(0);
+            let positions = "SELECT pos FROM log WHERE shard = $1 AND pos > $2 ORDER BY pos LIMIT $3";
+            let positions = self.query(positions, &[&number, &int(after.pos), &rows]).await?;
+            let positions: Vec<u64> =
+                positions.iter().map(|row| Ok(read::<i64>(row, 0)? as u64)).collect::<Result<_, StoreError>>()?;
+            let seqs = "SELECT conversation, seq FROM log WHERE shard = $1 AND (conversation, seq) > ($2, $3)
+                ORDER BY conversation, seq LIMIT $4";
+            let seqs = self.query(seqs, &[&number, &&*after.conversation, &int(after.seq), &rows]).await?;
+            let place = |row: &Row| Ok((read::<&str>(row, 0)?.into(), read::<i64>(row, 1)? as u64));
+            let seqs = seqs.iter().map(place).collect::<Result<_, StoreError>>()?;
+            Ok(scrubbed(shard, after, limit, watermark as u64, &positions, seqs))
         })
     }
 }

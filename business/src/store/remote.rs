@@ -21,14 +21,13 @@ use tonic::{Request, Status};
 
 use super::server::{CONNECTION_WINDOW_BYTES, ERROR_METADATA, MESSAGE_BYTES_MAX, REFUSED, STREAM_WINDOW_BYTES, wire};
 use super::{
-    Acquired, Answer, Claim, LogEntry, LogRange, OpenError, Outcome, Released, ShardBatch, ShardRow, Store, StoreError,
+    Acquired, Answer, Claim, LogEntry, LogRange, OpenError, Outcome, Released, ScrubAt, Scrubbed, ShardBatch, ShardRow,
+    Store, StoreError,
 };
 
 /// Until a call's outcome counts as unknown.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// A scrub reads a whole shard.
-const SCRUB_TIMEOUT: Duration = Duration::from_secs(60);
 
 type Client = StoreClient<InterceptedService<Channel, Bearer>>;
 
@@ -182,7 +181,10 @@ impl Store for Remote {
         call!(self.shards(pb::ShardsRequest {}), CALL_TIMEOUT, rows)
     }
 
-    fn scrub(&self, shard: u32) -> Answer<'_, Vec<String>> {
-        call!(self.scrub(pb::ScrubRequest { shard }), SCRUB_TIMEOUT, |reply: pb::ScrubReply| Ok(reply.holes))
+    fn scrub(&self, shard: u32, after: ScrubAt, limit: u32) -> Answer<'_, Scrubbed> {
+        let request = pb::ScrubRequest { shard, after: Some(wire::scrub_at_to(after)), limit };
+        let scrubbed =
+            |reply: pb::ScrubReply| Ok(Scrubbed { holes: reply.holes, next: reply.next.map(wire::scrub_at) });
+        call!(self.scrub(request), CALL_TIMEOUT, scrubbed)
     }
 }

@@ -16,8 +16,8 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use super::{
-    Acquired, Claim, Duplicate, LogEntry, LogRange, Outcome, Put, Released, ShardBatch, ShardRow, Store, StoreError,
-    Tail,
+    Acquired, Claim, Duplicate, LogEntry, LogRange, Outcome, Put, Released, ScrubAt, Scrubbed, ShardBatch, ShardRow,
+    Store, StoreError, Tail,
 };
 
 /// A message of the contract may take so much, both ways.
@@ -154,8 +154,10 @@ impl pb::store_server::Store for Service {
     }
 
     async fn scrub(&self, request: Request<pb::ScrubRequest>) -> Reply<pb::ScrubReply> {
-        let holes = self.0.scrub(request.into_inner().shard).await.map_err(status)?;
-        Ok(Response::new(pb::ScrubReply { holes }))
+        let pb::ScrubRequest { shard, after, limit } = request.into_inner();
+        let after = after.map(wire::scrub_at).unwrap_or_default();
+        let Scrubbed { holes, next } = self.0.scrub(shard, after, limit).await.map_err(status)?;
+        Ok(Response::new(pb::ScrubReply { holes, next: next.map(wire::scrub_at_to) }))
     }
 }
 
@@ -298,6 +300,14 @@ pub(super) mod wire {
             Outcome::Corrupt(why) => R::Corrupt(why),
         };
         pb::Outcome { result: Some(result) }
+    }
+
+    pub(in super::super) fn scrub_at(pb::ScrubAt { pos, conversation, seq }: pb::ScrubAt) -> ScrubAt {
+        ScrubAt { pos, conversation: conversation.into(), seq }
+    }
+
+    pub(in super::super) fn scrub_at_to(ScrubAt { pos, conversation, seq }: ScrubAt) -> pb::ScrubAt {
+        pb::ScrubAt { pos, conversation: conversation.to_string(), seq }
     }
 
     pub(in super::super) fn items(items: Vec<pb::items_reply::Item>) -> Vec<(String, Bytes)> {

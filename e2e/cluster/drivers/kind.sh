@@ -32,20 +32,51 @@ node_image() {
     echo "$ours"
 }
 
+# Whose cluster it is: the STATE of the checkout that created it. Written before the cluster, so that none is without.
+owner_file="$CACHE/clusters/$CLUSTER_NAME"
+cluster_exists() { kind get clusters 2>/dev/null | grep -x "$CLUSTER_NAME" >/dev/null; }
+is_ours() { [ "$(cat "$owner_file" 2>/dev/null)" = "$STATE" ]; }
+delete_cluster() {
+    rm -f "$STATE/created"
+    kind delete cluster --name "$CLUSTER_NAME" --kubeconfig "$KUBECONFIG" --quiet
+    rm -f "$owner_file"
+}
+
+create_cluster() {
+    local image
+    image="$(node_image)"
+    step "kind create cluster ($image)"
+    mkdir -p "$(dirname "$owner_file")"
+    echo "$STATE" >"$owner_file"
+    quietly "$CACHE/log/kind-create.log" kind create cluster --name "$CLUSTER_NAME" --image "$image" \
+        --config "$CLUSTER_DIR/kind.yaml" --kubeconfig "$KUBECONFIG"
+    touch "$STATE/created"
+}
+
 cluster_up() {
     "$CLUSTER_DIR/engine.sh" start
     use_engine
     "$CLUSTER_DIR/tools.sh" kind helm
-    if ! kind get clusters 2>/dev/null | grep -qx "$CLUSTER_NAME"; then
-        local image
-        image="$(node_image)"
-        step "kind create cluster ($image)"
-        quietly "$CACHE/log/kind-create.log" kind create cluster --name "$CLUSTER_NAME" --image "$image" \
-            --config "$CLUSTER_DIR/kind.yaml" --kubeconfig "$KUBECONFIG"
-    else
-        quietly "$CACHE/log/kind-kubeconfig.log" kind export kubeconfig --name "$CLUSTER_NAME" --kubeconfig "$KUBECONFIG"
+    if cluster_exists && ! is_ours; then
+        local owner
+        owner="$(cat "$owner_file" 2>/dev/null || true)"
+        # A checkout that is gone can't end its cluster any more.
+        [ -n "$owner" ] && [ ! -e "$owner" ] ||
+            fail "the kind cluster '$CLUSTER_NAME' belongs to ${owner:-somebody else}: end it there, or set CLUSTER_NAME to another name"
+        step "the cluster of $owner, which is gone, is deleted"
+        delete_cluster
+    fi
+    if ! cluster_exists; then
+        create_cluster
+    elif ! [ -e "$STATE/created" ] ||
+        ! kind export kubeconfig --name "$CLUSTER_NAME" --kubeconfig "$KUBECONFIG" >"$CACHE/log/kind-kubeconfig.log" 2>&1; then
+        step "the cluster was left half made; it is made anew"
+        delete_cluster
+        create_cluster
     fi
     command -v kubectl >/dev/null || "$CLUSTER_DIR/tools.sh" kubernetes
+    # An API server that has just started knows its certificates before it knows their rights.
+    wait_for 120 kubectl get nodes || fail "the API server of the cluster '$CLUSTER_NAME' gave no list of nodes within 120 s"
     kubectl wait --for=condition=Ready nodes --all --timeout=120s >/dev/null
     kubectl -n kube-system rollout status deployment/coredns --timeout=120s >/dev/null
 }
@@ -68,8 +99,7 @@ cluster_load() {
 
 cluster_down() {
     use_engine
-    if docker info >/dev/null 2>&1; then
-        kind delete cluster --name "$CLUSTER_NAME" --kubeconfig "$KUBECONFIG" --quiet
-    fi
+    # Another checkout's cluster of this name is not ours to end.
+    if docker info >/dev/null 2>&1 && is_ours; then delete_cluster; fi
     "$CLUSTER_DIR/engine.sh" stop
 }

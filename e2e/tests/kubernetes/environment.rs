@@ -8,6 +8,7 @@
 //! | `IM_E2E_CHART` | the operator's chart as it belongs to those builds |
 //! | `IM_E2E_POSTGRES` | URL of a PostgreSQL for pods, of a role that may make databases and roles |
 //! | `IM_E2E_POSTGRES_NODE_PORT` | where it is reached on a node |
+//! | `IM_E2E_NODES_HERE` | `1`: the nodes run on this machine; their pods' processes get signals, and pods reach this machine |
 //! | `IM_NODE` | a node's address as seen from this machine; left out: its internal address |
 //! | `HELM` | the helm program; left out: the one on `PATH` |
 //! | `KEEP` | `1`: the namespaces of scenarios that failed are kept |
@@ -19,10 +20,19 @@ use crate::support::TestResult;
 /// Which scenarios run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Suite {
-    /// What every change has to pass, within twenty minutes.
+    /// What every change has to pass, within some twelve minutes.
     Ci,
     /// Everything.
     All,
+}
+
+/// Where the nodes of the cluster have to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nodes {
+    /// Wherever.
+    Anywhere,
+    /// On this machine: signals are sent to processes of pods, or pods reach what the scenario serves.
+    Here,
 }
 
 /// A container image.
@@ -64,11 +74,12 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// Reads the environment; `None`, told on standard output, when it is not for a scenario of that suite.
+    /// Reads the environment; `None`, told on standard output, when it is not for a scenario of that suite, or for one that
+    /// needs the nodes to be on this machine.
     ///
     /// # Errors
     /// A variable is missing or makes no sense.
-    pub fn read(suite: Suite) -> TestResult<Option<Self>> {
+    pub fn read(suite: Suite, nodes: Nodes) -> TestResult<Option<Self>> {
         let variable = |name: &str| env::var(name).map_err(|_| format!("{name} is not set; run this by `make e2e`"));
         let wanted = match env::var("IM_E2E_SUITE").as_deref() {
             Err(_) => {
@@ -81,6 +92,10 @@ impl Environment {
         };
         if suite > wanted {
             println!("SKIPPED: only in SUITE=all");
+            return Ok(None);
+        }
+        if nodes == Nodes::Here && env::var("IM_E2E_NODES_HERE").as_deref() != Ok("1") {
+            println!("SKIPPED: it needs nodes that run on this machine, and root (DRIVER=kind or host on Linux)");
             return Ok(None);
         }
         Ok(Some(Self {

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::{
     environment::Suite,
-    scene::{CLUSTER, ensure, scenario},
+    scene::{CLUSTER, ensure, scenario, scenario_beside_nodes},
     support::TestResult,
 };
 
@@ -14,7 +14,7 @@ use crate::{
 async fn an_owner_is_killed_while_its_shards_move() -> TestResult {
     // Two at a time: the moves take long enough to be in the middle of them.
     let spec = json!({"business": {"rebalance": {"movesInFlight": 2}}});
-    scenario(Suite::Ci, spec, async |scene| {
+    scenario_beside_nodes(Suite::Ci, spec, async |scene| {
         let owner =
             scene.world.ready_pods(CLUSTER, "business").into_iter().next().ok_or("no business member is ready")?;
         scene.edit(json!({"business": {"replicas": 3}})).await?;

@@ -1,6 +1,11 @@
 //! What users get wrong, and what they may ask for: recommendations, approval, pause, deletion.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+    process::Stdio,
+    time::Duration,
+};
 
 use im_crds::{ConditionStatus, ProposalStatus};
 use k8s_openapi::api::{
@@ -12,11 +17,16 @@ use kube::{
     api::{DeleteParams, ListParams, PostParams},
 };
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::Command,
+    time::timeout,
+};
 
 use crate::{
     environment::Suite,
-    scene::{CLUSTER, PATIENCE, Scene, ensure, scenario},
-    support::{TestResult, eventually},
+    scene::{CLUSTER, PATIENCE, Scene, ensure, prepared_scenario, scenario},
+    support::{Access, TestResult, eventually},
     world::World,
 };
 
@@ -193,4 +203,46 @@ async fn files_are_refused_with_the_name_of_the_secret_field() -> TestResult {
         })
     })
     .await
+}
+
+/// The README's last commands, as they are written there but for the namespace and the ports of this machine.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_example_of_the_readme_chats() -> TestResult {
+    prepared_scenario(Suite::Ci, async |scene| {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/chat.yaml");
+        kubectl(scene, &["apply", "-f", file]).await?;
+        kubectl(scene, &["wait", "imc/chat", "--for=condition=Ready", "--timeout=3m"]).await?;
+        let mut forward = kubectl_command(scene, &["port-forward", "service/chat", ":1883", ":8080"])
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let mut lines = BufReader::new(forward.stdout.take().ok_or("no output")?).lines();
+        let mut port_to = BTreeMap::new();
+        while port_to.len() < 2 {
+            // `Forwarding from 127.0.0.1:40123 -> 1883`, and the same of the other address family.
+            let line = timeout(PATIENCE, lines.next_line()).await??.ok_or("kubectl port-forward ended")?;
+            if let Some((from, to)) =
+                line.strip_prefix("Forwarding from 127.0.0.1:").and_then(|on| on.split_once(" -> "))
+            {
+                port_to.insert(to.to_owned(), SocketAddr::from((Ipv4Addr::LOCALHOST, from.parse()?)));
+            }
+        }
+        let port = |to: &str| port_to.get(to).copied().ok_or_else(|| format!("{to} is not forwarded: {port_to:?}"));
+        scene.let_people_chat(Access { mqtt: port("1883")?, http: port("8080")? }).await?;
+        scene.flow(300).await?;
+        // While the ports are still forwarded.
+        scene.check().await
+    })
+    .await
+}
+
+fn kubectl_command(scene: &Scene, arguments: &[&str]) -> Command {
+    let mut command = Command::new("kubectl");
+    command.arg("--namespace").arg(&scene.namespace).args(arguments);
+    command
+}
+
+async fn kubectl(scene: &Scene, arguments: &[&str]) -> TestResult {
+    let output = kubectl_command(scene, arguments).output().await?;
+    ensure(output.status.success(), || format!("kubectl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr)))
 }

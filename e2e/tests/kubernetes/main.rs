@@ -8,6 +8,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod dependencies;
 mod environment;
 mod operator;
 mod processes;

@@ -1,6 +1,10 @@
 //! The operator as it is installed: who of its pods leads, what it counts, how its chart is upgraded.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use k8s_openapi::api::{
     apps::v1::Deployment,
@@ -33,6 +37,8 @@ pub const NAMESPACE: &str = "imcluster-system";
 pub struct Operator {
     client: Client,
     environment: Environment,
+    /// It is not as [`Self::install`] left it.
+    changed: AtomicBool,
 }
 
 /// Who leads.
@@ -48,10 +54,24 @@ impl Operator {
     /// Installs the chart, unless it was done by an earlier scenario of this run.
     pub async fn install(client: Client, environment: &Environment) -> TestResult<Self> {
         static INSTALLED: OnceCell<()> = OnceCell::const_new();
-        let operator = Self { client, environment: environment.clone() };
-        let [image, _] = &environment.images;
-        INSTALLED.get_or_try_init(|| operator.upgrade(&environment.chart, image)).await?;
+        // An earlier run may have ended in the middle of a scenario.
+        let operator = Self { client, environment: environment.clone(), changed: AtomicBool::new(true) };
+        INSTALLED.get_or_try_init(|| operator.restore()).await?;
+        operator.changed.store(false, Ordering::Relaxed);
         Ok(operator)
+    }
+
+    /// Puts back what was changed of the installation, if anything was.
+    pub async fn restore(&self) -> TestResult {
+        if !self.changed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if self.deployment().await.is_ok() {
+            self.reach_api_server_by(None).await?;
+        }
+        self.upgrade(&self.environment.chart, &self.environment.images[0], &[]).await?;
+        self.changed.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     /// What selects its pods.
@@ -121,23 +141,33 @@ impl Operator {
         Ok(sum)
     }
 
-    /// `helm upgrade --install` with that image; waits until it is rolled out.
-    pub async fn upgrade(&self, chart: &Path, image: &Image) -> TestResult {
-        let mut command = Command::new(&self.environment.helm);
-        command.args(["upgrade", "--install", RELEASE]).arg(chart).args([
-            "--namespace",
-            NAMESPACE,
-            "--create-namespace",
-        ]);
+    /// `helm upgrade --install` with that image and these arguments; waits until it is rolled out.
+    pub async fn upgrade(&self, chart: &Path, image: &Image, arguments: &[String]) -> TestResult {
+        let mut all = vec!["upgrade".to_owned(), "--install".to_owned(), RELEASE.to_owned()];
+        all.extend([chart.display().to_string(), "--create-namespace".to_owned()]);
         for (name, value) in [("image.repository", &image.repository), ("image.tag", &image.tag)] {
-            command.arg("--set-string").arg(format!("{name}={value}"));
+            all.extend(["--set-string".to_owned(), format!("{name}={value}")]);
         }
-        command.args(["--wait", "--timeout", "120s"]).kill_on_drop(true);
+        all.extend_from_slice(arguments);
+        self.helm(&all).await?;
+        self.wait_rolled_out().await
+    }
+
+    /// `helm uninstall`.
+    pub async fn uninstall(&self) -> TestResult {
+        self.helm(&["uninstall".to_owned(), RELEASE.to_owned()]).await
+    }
+
+    /// Changes the release, and waits until that is done.
+    async fn helm(&self, arguments: &[String]) -> TestResult {
+        self.changed.store(true, Ordering::Relaxed);
+        let mut command = Command::new(&self.environment.helm);
+        command.args(arguments).args(["--namespace", NAMESPACE, "--wait", "--timeout", "120s"]).kill_on_drop(true);
         let output = command.output().await?;
         if !output.status.success() {
-            return Err(format!("helm upgrade: {}", String::from_utf8_lossy(&output.stderr)).into());
+            return Err(format!("helm {}: {}", arguments[0], String::from_utf8_lossy(&output.stderr)).into());
         }
-        self.wait_rolled_out().await
+        Ok(())
     }
 
     /// Has the operator reach the API server by that URL; `None` = directly again.
@@ -145,8 +175,13 @@ impl Operator {
         const NAME: &str = "e2e-kubeconfig";
         const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
         let deployments: Api<Deployment> = Api::namespaced(self.client.clone(), NAMESPACE);
-        let deployment = self.name().await?;
+        let deployment = self.deployment().await?;
+        let volumes = deployment.spec.iter().filter_map(|spec| spec.template.spec.as_ref()?.volumes.as_ref()).flatten();
+        let is_direct = volumes.into_iter().all(|volume| volume.name != NAME);
+        let deployment = deployment.name_any();
+        self.changed.store(true, Ordering::Relaxed);
         let change = match url {
+            None if is_direct => return Ok(()),
             Some(url) => {
                 // The pod's own token, so that its rights stay what the chart gave it. The authority is not used, but looked for.
                 let kubeconfig = json!({

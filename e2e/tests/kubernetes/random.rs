@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::{
     environment::{Image, Suite},
     proxy::FaultProxy,
-    scene::{CLUSTER, Scene, scenario},
+    scene::{CLUSTER, Scene, scenario_beside_nodes},
     support::TestResult,
 };
 
@@ -88,7 +88,7 @@ impl Operation {
                 gone_is_fine(scene.evict(&pod).await.map(drop))?;
             }
             Self::DeleteLeader => match scene.operator.leader().await {
-                Ok(leader) => scene.operator.delete_without_grace(&leader.pod).await?,
+                Ok(leader) => gone_is_fine(scene.operator.delete_without_grace(&leader.pod).await)?,
                 Err(error) => println!("  {error}"),
             },
             Self::RollOut => {
@@ -129,7 +129,7 @@ async fn random_operations_lose_nothing() -> TestResult {
         Ok(seed) => seed.parse()?,
         Err(_) => rand::random(),
     };
-    scenario(Suite::Ci, json!({"gateway": {"replicas": 2}, "business": {"replicas": 2}}), async |scene| {
+    scenario_beside_nodes(Suite::Ci, json!({"gateway": {"replicas": 2}, "business": {"replicas": 2}}), async |scene| {
         println!("E2E_SEED={seed} repeats these operations");
         let proxy = FaultProxy::start(scene.node_address().await?, seed).await?;
         let done = async {
@@ -140,7 +140,7 @@ async fn random_operations_lose_nothing() -> TestResult {
         let (requests, faults) = proxy.counts.injected();
         println!("{faults} of {requests} requests of the operator went wrong: {:?}", proxy.counts);
         // The last part is about what is right again once the API server is.
-        scene.operator.reach_api_server_by(None).await?;
+        scene.operator.restore().await?;
         done?;
         if faults == 0 {
             return Err("no fault was injected: nothing was tested".into());

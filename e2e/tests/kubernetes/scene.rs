@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use crate::{
-    environment::{Environment, Suite},
+    environment::{Environment, Nodes, Suite},
     operator::{self, Operator},
     processes::PodProcess,
     support::{Access, Chat, TestResult, eventually},
@@ -62,7 +62,21 @@ const FIELD_MANAGER: &str = "e2e";
 /// what the API server and the pods know.
 pub async fn scenario(suite: Suite, spec: Value, body: impl AsyncFnOnce(&mut Scene) -> TestResult) -> TestResult {
     let name = name_of(&body);
-    run(suite, &name, async |scene: &mut Scene| {
+    run(suite, Nodes::Anywhere, &name, async |scene: &mut Scene| {
+        scene.bring_up(spec).await?;
+        body(scene).await
+    })
+    .await
+}
+
+/// The same, where `body` needs the nodes to be on this machine; elsewhere it is skipped.
+pub async fn scenario_beside_nodes(
+    suite: Suite,
+    spec: Value,
+    body: impl AsyncFnOnce(&mut Scene) -> TestResult,
+) -> TestResult {
+    let name = name_of(&body);
+    run(suite, Nodes::Here, &name, async |scene: &mut Scene| {
         scene.bring_up(spec).await?;
         body(scene).await
     })
@@ -72,7 +86,7 @@ pub async fn scenario(suite: Suite, spec: Value, body: impl AsyncFnOnce(&mut Sce
 /// The same, but `body` brings up the ImCluster, after what it has to prepare.
 pub async fn prepared_scenario(suite: Suite, body: impl AsyncFnOnce(&mut Scene) -> TestResult) -> TestResult {
     let name = name_of(&body);
-    run(suite, &name, body).await
+    run(suite, Nodes::Anywhere, &name, body).await
 }
 
 /// A closure is called after the function that it is in: the test.
@@ -81,8 +95,8 @@ fn name_of<T>(body: &T) -> String {
     path.rsplit("::").find(|part| !part.starts_with('{')).unwrap_or("scenario").to_owned()
 }
 
-async fn run(suite: Suite, name: &str, body: impl AsyncFnOnce(&mut Scene) -> TestResult) -> TestResult {
-    let Some(environment) = Environment::read(suite)? else { return Ok(()) };
+async fn run(suite: Suite, nodes: Nodes, name: &str, body: impl AsyncFnOnce(&mut Scene) -> TestResult) -> TestResult {
+    let Some(environment) = Environment::read(suite, nodes)? else { return Ok(()) };
     let mut scene = Scene::enter(environment, name).await?;
     let start = Instant::now();
     let outcome = timeout(SCENARIO_WITHIN, async {
@@ -163,15 +177,17 @@ impl Scene {
 
     async fn leave(&mut self, failed: bool) -> TestResult {
         self.chat = None;
+        // A scenario that was cut short did not put back what it changed.
+        let restored = self.operator.restore().await;
         if failed && self.environment.keep {
             println!("namespace {} is kept", self.namespace);
-            return Ok(());
+            return restored;
         }
         Api::<Namespace>::all(self.client.clone()).delete(&self.namespace, &DeleteParams::background()).await?;
         // Nobody waits for their orderly end, and the next scenario wants the processor.
         let at_once = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
         self.api::<Pod>().delete_collection(&at_once, &ListParams::default()).await?;
-        Ok(())
+        restored
     }
 
     // ---- the ImCluster -----------------------------------------------------------------------------------------------------
@@ -239,6 +255,11 @@ impl Scene {
         self.wait("it is Ready", |world| world.condition_is(CLUSTER, "Ready", ConditionStatus::True)).await?;
         println!("Ready {:.1?} after it was applied", start.elapsed());
         let access = self.access(CLUSTER).await?;
+        self.let_people_chat(access).await
+    }
+
+    /// People log in there and chat.
+    pub async fn let_people_chat(&mut self, access: Access) -> TestResult {
         let mut chat = Chat::start(access, PEOPLE, GROUPS).await?;
         chat.send_at(RATE, 1);
         self.chat = Some(chat);
@@ -279,6 +300,15 @@ impl Scene {
     /// Waits until that holds, [`PATIENCE`] long.
     pub async fn wait(&self, what: &str, mut condition: impl FnMut(&World) -> bool) -> TestResult {
         self.world.wait(what, PATIENCE, |world| condition(world).then_some(())).await
+    }
+
+    /// Waits until a condition of the ImCluster is True for that reason.
+    pub async fn wait_condition(&self, kind: &str, wanted: &str) -> TestResult {
+        let is_true = |world: &World| {
+            let condition = world.condition(CLUSTER, kind);
+            condition.is_some_and(|(status, reason, _)| status == ConditionStatus::True && reason == wanted)
+        };
+        self.wait(&format!("{kind} is True: {wanted}"), is_true).await
     }
 
     /// Waits until just so many business members run and own all shards, each some, and nothing moves.

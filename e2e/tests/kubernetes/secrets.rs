@@ -7,19 +7,20 @@ use std::{
 
 use im_e2e::client::{ClientError, Connection, Options};
 use jsonwebtoken::{EncodingKey, Header};
-use k8s_openapi::api::core::v1::{Pod, Secret};
+use k8s_openapi::api::core::v1::Secret;
 use kube::{
-    Api, ResourceExt,
-    api::{DeleteParams, Patch, PatchParams},
+    ResourceExt,
+    api::{Patch, PatchParams},
 };
 use serde_json::{Value, json};
 use tokio_postgres::NoTls;
 
 use crate::{
+    dependencies::{Data, Dependency},
     environment::Suite,
     scene::{CLUSTER, Scene, ensure, prepared_scenario, scenario},
     support::{TestResult, eventually},
-    world::{World, is_ready},
+    world::World,
 };
 
 /// A kubelet brings a changed Secret into pods once in a minute or so.
@@ -87,14 +88,13 @@ async fn postgresql_is_lost_and_its_password_rotated() -> TestResult {
         scene.bring_up(json!({"storage": of_secret, "business": {"replicas": 2}})).await?;
         scene.wait_shards_shared_by(2).await?;
 
-        let server: Api<Pod> = Api::namespaced(scene.client.clone(), "e2e-dependencies");
-        let lost = server.get("postgres-0").await?;
-        let at_once = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
-        server.delete("postgres-0", &at_once).await?;
-        eventually("PostgreSQL is back", SECRET_SEEN_WITHIN, async || {
-            server.get("postgres-0").await.ok().filter(|pod| pod.uid() != lost.uid() && is_ready(pod))
-        })
-        .await?;
+        let database = Dependency::of(scene, "postgres");
+        database.crash().await?;
+        scene.flow(300).await?;
+        database.stop().await?;
+        let away = scene.wait_condition("Degraded", "StoreUnreachable").await;
+        database.start(Data::Kept).await?;
+        away?;
         scene.flow(300).await?;
 
         postgres.execute(&[format!("alter role {name} password 'second'")]).await?;

@@ -9,7 +9,10 @@ use std::{
 
 use futures::StreamExt;
 use im_crds::{ConditionStatus, ImCluster, ImClusterStatus, ShardMap};
-use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
+use k8s_openapi::api::{
+    apps::v1::{Deployment, StatefulSet},
+    core::v1::{Pod, Service},
+};
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{ApiResource, DynamicObject},
@@ -20,6 +23,7 @@ use kube::{
     },
 };
 use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -41,6 +45,8 @@ pub struct World {
     maps: Store<ShardMap>,
     pods: Store<Pod>,
     deployments: Store<Deployment>,
+    sets: Store<StatefulSet>,
+    services: Store<Service>,
     changes: watch::Receiver<u64>,
     _watchers: JoinSet<()>,
 }
@@ -61,6 +67,8 @@ impl World {
             maps: mirror(Api::namespaced(client.clone(), namespace), (), &changed, &mut watchers),
             pods: mirror(Api::namespaced(client.clone(), namespace), (), &changed, &mut watchers),
             deployments: mirror(Api::namespaced(client.clone(), namespace), (), &changed, &mut watchers),
+            sets: mirror(Api::namespaced(client.clone(), namespace), (), &changed, &mut watchers),
+            services: mirror(Api::namespaced(client.clone(), namespace), (), &changed, &mut watchers),
             changes,
             _watchers: watchers,
         }
@@ -207,6 +215,27 @@ impl World {
         let owners: Option<BTreeSet<String>> = self.shares(cluster).map(|shares| shares.into_keys().collect());
         let moving = self.status(cluster).is_none_or(|status| status.shards.moving > 0);
         pods.len() == members && ready == members && owners == Some(pods) && !moving
+    }
+
+    /// What the operator writes about an ImCluster, by kind and name: specifications and annotations of its objects, labels and
+    /// annotations of its pods.
+    pub fn written_by_operator(&self, cluster: &str) -> BTreeMap<String, Value> {
+        fn of<K>(kind: &str, store: &Store<K>, content: impl Fn(&K) -> Value, found: &mut BTreeMap<String, Value>)
+        where
+            K: Resource<DynamicType = ()> + Clone + 'static,
+        {
+            for object in store.state() {
+                let written = json!([content(&object), object.labels(), object.annotations()]);
+                found.insert(format!("{kind} {}", object.name_any()), written);
+            }
+        }
+        let mut found = BTreeMap::new();
+        of("Deployment", &self.deployments, |one| json!(one.spec), &mut found);
+        of("StatefulSet", &self.sets, |one| json!(one.spec), &mut found);
+        of("Service", &self.services, |one| json!(one.spec), &mut found);
+        of("Pod", &self.pods, |_| Value::Null, &mut found);
+        found.insert(format!("ShardMap {cluster}"), json!(self.map(cluster).map(|map| map.spec)));
+        found
     }
 
     /// One line for a failure's text.

@@ -358,13 +358,6 @@ impl Cluster {
         Ok(())
     }
 
-    /// Kills the supervisor: the parent-death signal ends its children.
-    pub async fn kill_supervisor(mut self) -> TestResult {
-        let members = self.members()?;
-        self.supervisor.kill().await?;
-        self.assert_gone(&members).await
-    }
-
     async fn assert_gone(&self, members: &[Member]) -> TestResult {
         for member in members {
             let (name, id) = (&member.name, pid(member.pid)?);

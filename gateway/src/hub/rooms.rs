@@ -11,24 +11,28 @@
 //! Viewers, likes and gifts are counted here and sent once per interval, per shard one request under a number, and again under the same
 //! number until it is answered: the owner takes it once.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use im_proto::ids::{MemberId, room_key, shard_of};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
-    Body, ClientFrame, Count, Done, Refusal, Refused, RoomCount, RoomCounts, RoomJoin, RoomJoined, RoomKick, RoomLeave,
-    RoomMessage, RoomStats, RoomTook, body, client_frame,
+    Body, ClientFrame, Count, Done, Refusal, Refused, RoomCount, RoomCounter, RoomCounts, RoomJoin, RoomJoined,
+    RoomKick, RoomLeave, RoomMessage, RoomStats, RoomTook, body, client_frame,
 };
 use parking_lot::Mutex;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::{Connection, Hub, Token};
-use crate::session::{Answer, Batch, Counter, RoomPart, Sent, Window};
+use crate::mqtt::Version;
+use crate::session::{Answer, Batch, Counter, RoomPart, Sent, Versions, Window};
 
 /// Viewers served before others have their turn.
 const VIEWERS_PER_TURN: usize = 64;
+/// Bytes sent before others have their turn: they cost more than the calls when each viewer is sent much.
+const BYTES_PER_TURN: usize = 256 << 10;
 /// Bytes of one room that not every viewer was sent. The owner keeps to less.
 const PENDING_BYTES_MAX: usize = 1 << 20;
 /// The owner is told at the latest when so many bytes have gone out, a sixteenth of what may be in hand.
@@ -61,6 +65,8 @@ pub(super) struct Rooms {
     config: RoomsConfig,
     rooms: Mutex<HashMap<Arc<str>, Arc<Room>>>,
     counting: Mutex<Counting>,
+    /// Joins asked so far.
+    joins: AtomicU64,
 }
 
 /// What was counted and is not known to be stored.
@@ -73,9 +79,18 @@ struct Counting {
 #[derive(Debug)]
 struct Unstored {
     counts: RoomCounts,
-    waiters: Vec<(Arc<Connection>, u32)>,
+    /// By room.
+    waiters: Vec<(Arc<str>, Vec<CountWaiter>)>,
     /// It is with the router; otherwise it was refused for now.
     is_asked: bool,
+}
+
+/// Somebody who hears when his like or gift is stored.
+#[derive(Debug)]
+struct CountWaiter {
+    connection: Arc<Connection>,
+    ticket: u32,
+    counter: Counter,
 }
 
 #[derive(Debug)]
@@ -98,13 +113,21 @@ struct RoomState {
     /// By the connection's slot.
     viewers: BTreeMap<u32, Viewer>,
     watchers: BTreeMap<u32, Viewer>,
-    joined: bool,
-    joining: bool,
+    /// By part, whether the owner knows (or will be told again) that somebody is in it: who comes now is in at once.
+    joined: [bool; 2],
+    /// The last join while it has no answer. What is answered to earlier ones is not about who is here now.
+    joining: Option<u64>,
+    /// The owner did not take what it was told last.
+    join_again: bool,
     waiting: Vec<(Arc<Connection>, RoomPart, u32)>,
+    /// The owner's number of the last message that came.
+    last: u64,
 
     /// What not every viewer was sent, and the number of its first message, counted here.
     window: Window,
     window_from: u64,
+    /// What viewers speak, or spoke since the first of them came: messages are encoded for no other.
+    versions: Versions,
     /// For whom what came since the last round counts, and how much.
     in_hand: Option<(MemberId, u64)>,
     /// A task goes round.
@@ -125,7 +148,7 @@ struct RoomState {
     kicked: HashMap<String, i64>,
 
     counts: BTreeMap<Counter, u64>,
-    count_waiters: Vec<(Arc<Connection>, u32)>,
+    count_waiters: Vec<CountWaiter>,
     viewers_told: u32,
 }
 
@@ -152,7 +175,18 @@ struct Round {
 #[derive(Default)]
 struct Turn {
     viewers: Vec<(Arc<Connection>, usize)>,
+    /// What is behind a place, up to `end`. The last of them often serves the next turn, too.
     batches: Vec<(u64, Arc<Batch>)>,
+    end: u64,
+}
+
+impl Turn {
+    fn begin(&mut self, end: u64) {
+        let last = self.batches.pop().filter(|_| self.end == end);
+        self.batches.clear();
+        self.batches.extend(last);
+        self.end = end;
+    }
 }
 
 impl Rooms {
@@ -177,6 +211,24 @@ impl RoomState {
         self.viewers.is_empty() && self.watchers.is_empty()
     }
 
+    /// Nobody is in this part any more.
+    fn forget(&mut self, part: RoomPart) {
+        self.joined[part as usize] = false;
+        match part {
+            RoomPart::Messages => {
+                (self.history, self.unshown) = (VecDeque::new(), Vec::new());
+                self.welcome = None;
+                self.versions = Versions::default();
+            }
+            RoomPart::Stats => self.stats = None,
+        }
+    }
+
+    /// By part, whether somebody is in it.
+    fn occupied(&self) -> [bool; 2] {
+        [!self.viewers.is_empty(), !self.watchers.is_empty()]
+    }
+
     fn is_kept_out(&mut self, user: &str) -> bool {
         match self.kicked.get(user) {
             None => false,
@@ -194,10 +246,10 @@ impl RoomState {
             RoomPart::Stats => self.stats.clone(),
             RoomPart::Messages if self.history.is_empty() => None,
             RoomPart::Messages => {
-                let history = &self.history;
+                let (history, versions) = (&self.history, self.versions);
                 let encode = || {
                     let mut window = Window::default();
-                    history.iter().for_each(|message| window.push(message));
+                    history.iter().for_each(|message| window.push(message, versions));
                     Arc::new(window.cut(0))
                 };
                 Some(self.welcome.get_or_insert_with(encode).clone())
@@ -232,11 +284,23 @@ impl RoomState {
         }
     }
 
+    /// Somebody who speaks this version is about to enter. If he is the first, what is in the window was not encoded for him: he is
+    /// welcomed with it.
+    fn speak(&mut self, version: Version) {
+        if self.versions.add(version) {
+            self.show();
+            self.welcome = None;
+        }
+    }
+
     /// What is to be sent now; with nothing, the task ends.
     fn begin_round(&mut self) -> Option<Round> {
         let parts = [!self.window.is_empty(), std::mem::take(&mut self.stats_waits)];
-        if !parts.contains(&true) {
+        // What came for nobody is told of, too.
+        if !parts.contains(&true) && self.in_hand.is_none() {
             self.is_sending = false;
+            // Its memory is that of the busiest moment.
+            self.window = Window::default();
             return None;
         }
         self.show();
@@ -254,6 +318,8 @@ impl RoomState {
             self.show();
         }
         let end = self.end(part);
+        turn.begin(end);
+        let mut bytes = 0;
         let Self { viewers, watchers, window, window_from, stats, .. } = self;
         let viewers = match part {
             RoomPart::Messages => viewers,
@@ -271,8 +337,9 @@ impl RoomState {
                 turn.batches.push((next, batch));
                 turn.batches.len() - 1
             });
+            bytes += turn.batches[index].1.bytes();
             turn.viewers.push((viewer.connection.clone(), index));
-            if turn.viewers.len() == VIEWERS_PER_TURN {
+            if turn.viewers.len() == VIEWERS_PER_TURN || bytes >= BYTES_PER_TURN {
                 return slot.checked_add(1);
             }
         }
@@ -310,7 +377,7 @@ impl Hub {
         name: &Arc<str>,
         part: RoomPart,
         connection: &Arc<Connection>,
-        user: &str,
+        (user, version): (&str, Version),
         ticket: u32,
     ) -> (Arc<str>, Entering) {
         let mut rooms = self.rooms.rooms.lock();
@@ -319,13 +386,17 @@ impl Hub {
         if state.is_kept_out(user) {
             return (room.name.clone(), Entering::KeptOut);
         }
+        if part == RoomPart::Messages {
+            state.speak(version);
+        }
         let viewer = Viewer { connection: connection.clone(), next: state.place(part) };
+        let is_first = state.part(part).is_empty();
         state.part(part).insert(connection.slot(), viewer);
-        if state.joined {
+        if state.joined[part as usize] {
             return (room.name.clone(), Entering::In(state.welcome(part)));
         }
         state.waiting.push((connection.clone(), part, ticket));
-        if !std::mem::replace(&mut state.joining, true) {
+        if is_first || state.joining.is_none() {
             self.request_join(&room, &mut state);
         }
         (room.name.clone(), Entering::Waits)
@@ -339,19 +410,23 @@ impl Hub {
         rooms.entry(name.clone()).or_insert_with(make).clone()
     }
 
+    /// Tells the owner who is here.
     fn request_join(&self, room: &Room, state: &mut RoomState) {
         let viewers = state.viewers.len() as u32;
         state.viewers_told = viewers;
-        let body = Body { body: Some(body::Body::RoomJoin(RoomJoin { room: room.name.to_string(), viewers })) };
+        let (unwatched, last) = (state.watchers.is_empty(), state.last);
+        let join = RoomJoin { room: room.name.to_string(), viewers, unwatched, last };
+        let number = self.rooms.joins.fetch_add(1, Ordering::Relaxed);
         let mut routing = self.routing.lock();
-        if routing.router.request(room.shard, 0, body, Token::RoomJoined(room.name.clone())).is_err() {
-            // Asked again by the next viewer; who waits now hears nothing and ends after 10 s.
-            state.joining = false;
-        }
+        let body = Body { body: Some(body::Body::RoomJoin(join)) };
+        let is_asked =
+            routing.router.request(room.shard, 0, body, Token::RoomJoined(room.name.clone(), number)).is_ok();
+        // Without space in the queue it is asked again with the next counts, or by the next one who enters.
+        (state.joining, state.join_again) = (is_asked.then_some(number), !is_asked);
         self.send_out(&mut routing);
     }
 
-    pub(super) fn room_joined(self: &Arc<Self>, name: &Arc<str>, answer: &Answer) {
+    pub(super) fn room_joined(self: &Arc<Self>, name: &Arc<str>, number: u64, answer: &Answer) {
         let (joined, refused) = match answer {
             Answer::Outcome(Outcome::RoomJoined(joined)) => (joined.clone(), None),
             Answer::Outcome(Outcome::Refused(refused)) => (RoomJoined::default(), Some(refused.clone())),
@@ -360,17 +435,20 @@ impl Hub {
         let Some(room) = self.rooms.get(name) else { return };
         let waiting = {
             let mut state = room.state.lock();
-            state.joining = false;
-            // The answer may be to a join that was followed by a leave.
-            if refused.is_none() && !state.is_empty() {
-                let was_joined = std::mem::replace(&mut state.joined, true);
+            if state.joining.take_if(|last| *last == number).is_none() {
+                return;
+            }
+            state.join_again = refused.is_some();
+            if refused.is_none() {
+                let occupied = state.occupied();
+                let was_joined = std::mem::replace(&mut state.joined, occupied);
                 state.history_max = joined.history_max as usize;
                 state.kicked = joined.kicked.into_iter().map(|kick| (kick.user, kick.until_ms)).collect();
-                if !was_joined {
-                    state.history = joined.history.into();
+                if state.joined[0] && !was_joined[0] {
+                    state.history = joined.history.iter().map(RoomMessage::detached).collect();
                     state.welcome = None;
                 }
-                if let Some(stats) = &joined.stats {
+                if let Some(stats) = joined.stats.as_ref().filter(|_| state.joined[1]) {
                     state.stats = Some(stats_batch(stats));
                 }
             }
@@ -398,27 +476,26 @@ impl Hub {
         let Some(room) = rooms.get(name).cloned() else { return };
         let mut state = room.state.lock();
         let slot = connection.slot();
-        if state.part(part).get(&slot).is_some_and(|viewer| Arc::ptr_eq(&viewer.connection, connection)) {
+        let was_in = state.part(part).get(&slot).is_some_and(|viewer| Arc::ptr_eq(&viewer.connection, connection));
+        if was_in {
             state.part(part).remove(&slot);
         }
-        if state.joining {
-            state.waiting.retain(|(viewer, waits_for, _)| !(Arc::ptr_eq(viewer, connection) && *waits_for == part));
-        }
-        if !state.is_empty() {
-            return;
-        }
-        if state.joined || state.joining {
-            (state.joined, state.joining) = (false, false);
-            state.history.clear();
-            (state.welcome, state.stats) = (None, None);
-            let body = Body { body: Some(body::Body::RoomLeave(RoomLeave { room: name.to_owned() })) };
-            let mut routing = self.routing.lock();
-            // An owner that never hears of it stops when the link ends.
-            let _ = routing.router.request(room.shard, 0, body, Token::Nobody);
-            self.send_out(&mut routing);
+        state.waiting.retain(|(viewer, waits_for, _)| !(Arc::ptr_eq(viewer, connection) && *waits_for == part));
+        if was_in && state.part(part).is_empty() {
+            state.forget(part);
+            if state.is_empty() {
+                (state.joining, state.join_again) = (None, false);
+                let body = Body { body: Some(body::Body::RoomLeave(RoomLeave { room: name.to_owned() })) };
+                let mut routing = self.routing.lock();
+                // An owner that never hears of it stops when the link ends.
+                let _ = routing.router.request(room.shard, 0, body, Token::Nobody);
+                self.send_out(&mut routing);
+            } else {
+                self.request_join(&room, &mut state);
+            }
         }
         // What was counted in it still has to be sent.
-        if state.counts.is_empty() {
+        if state.is_empty() && state.counts.is_empty() {
             rooms.remove(name);
         }
     }
@@ -428,7 +505,6 @@ impl Hub {
         for room in self.rooms.rooms.lock().values().filter(|room| room.shard == shard) {
             let mut state = room.state.lock();
             if !state.is_empty() {
-                state.joining = true;
                 self.request_join(room, &mut state);
             }
         }
@@ -445,12 +521,14 @@ impl Hub {
             Some((from, in_hand)) if from == owner => *in_hand += bytes,
             in_hand => *in_hand = Some((owner.clone(), bytes)),
         }
+        state.last = state.last.max(message.number);
         if state.window.bytes() >= PENDING_BYTES_MAX {
             self.shared.metrics.room_dropped.inc_by(state.viewers.len() as u64);
-        } else {
-            state.window.push(&message);
+        } else if !state.viewers.is_empty() {
+            let versions = state.versions;
+            state.window.push(&message, versions);
             if state.history_max > 0 {
-                state.unshown.push(message);
+                state.unshown.push(message.detached());
             }
         }
         self.start_sending(&room, &mut state);
@@ -460,12 +538,14 @@ impl Hub {
     pub(super) fn on_room_stats(self: &Arc<Self>, stats: &RoomStats) {
         let Some(room) = self.rooms.get(&stats.room) else { return };
         let mut state = room.state.lock();
+        // The first watcher gets them with the answer to the join that he causes.
+        if state.watchers.is_empty() {
+            return;
+        }
         state.stats = Some(stats_batch(stats));
         state.stats_count += 1;
-        if !state.watchers.is_empty() {
-            state.stats_waits = true;
-            self.start_sending(&room, &mut state);
-        }
+        state.stats_waits = true;
+        self.start_sending(&room, &mut state);
     }
 
     fn start_sending(self: &Arc<Self>, room: &Arc<Room>, state: &mut RoomState) {
@@ -523,7 +603,6 @@ impl Hub {
                 sent.delivered += one.delivered;
                 sent.lost += one.lost;
             }
-            turn.batches.clear();
             self.shared.metrics.delivered.inc_by(sent.delivered);
             self.shared.metrics.room_dropped.inc_by(sent.lost);
             if next.is_some() {
@@ -541,7 +620,12 @@ impl Hub {
             room.state.lock().kicked.remove(&kick.user);
             return;
         }
-        room.state.lock().kicked.insert(kick.user.clone(), kick.until_ms);
+        {
+            let mut state = room.state.lock();
+            let now_ms = wall_ms();
+            state.kicked.retain(|_, until_ms| *until_ms > now_ms);
+            state.kicked.insert(kick.user.clone(), kick.until_ms);
+        }
         for connection in self.connections_of(&kick.user) {
             self.with(&connection, |session, _, effects| session.on_room_kick(&kick.room, effects));
         }
@@ -555,19 +639,30 @@ impl Hub {
         name: &Arc<str>,
         counter: Counter,
         count: u64,
+        user: &str,
         waiter: Option<(&Arc<Connection>, u32)>,
     ) -> Option<(u32, Answer)> {
         let mut rooms = self.rooms.rooms.lock();
         let room = self.room(&mut rooms, name);
         let mut state = room.state.lock();
         drop(rooms);
-        let has_space = state.counts.len() < COUNTERS_MAX || state.counts.contains_key(&counter);
+        if state.is_kept_out(user) {
+            self.shared.metrics.room_counts_refused.inc();
+            return waiter.map(|(_, ticket)| (ticket, kept_out()));
+        }
+        // Gifts that somebody invented must not keep likes out.
+        let has_space =
+            counter == Counter::Like || state.counts.len() < COUNTERS_MAX || state.counts.contains_key(&counter);
         if !has_space || state.count_waiters.len() >= COUNT_WAITERS_MAX {
             self.shared.metrics.room_counts_refused.inc();
             return waiter.map(|(_, ticket)| (ticket, Answer::Full));
         }
+        let waiter = waiter.map(|(connection, ticket)| {
+            let (connection, counter) = (connection.clone(), counter.clone());
+            CountWaiter { connection, ticket, counter }
+        });
+        state.count_waiters.extend(waiter);
         *state.counts.entry(counter).or_default() += count;
-        state.count_waiters.extend(waiter.map(|(connection, ticket)| (connection.clone(), ticket)));
         None
     }
 
@@ -600,8 +695,11 @@ impl Hub {
         let mut fresh: HashMap<u32, Unstored> = HashMap::new();
         self.rooms.rooms.lock().retain(|name, room| {
             let mut state = room.state.lock();
+            if state.join_again && !state.is_empty() {
+                self.request_join(room, &mut state);
+            }
             let viewers = state.viewers.len() as u32;
-            let is_told = state.counts.is_empty() && (viewers == state.viewers_told || !state.joined);
+            let is_told = state.counts.is_empty() && (viewers == state.viewers_told || state.joined == [false; 2]);
             if is_told || by_shard.contains_key(&room.shard) {
                 return !(state.is_empty() && state.counts.is_empty());
             }
@@ -618,7 +716,10 @@ impl Hub {
             let counted = counted.into_iter().map(|(counter, count)| Count { name: counter.name(), count });
             let counted = counted.collect();
             unstored.counts.rooms.push(RoomCount { room: name.to_string(), viewers, counted });
-            unstored.waiters.append(&mut state.count_waiters);
+            let waiters = std::mem::take(&mut state.count_waiters);
+            if !waiters.is_empty() {
+                unstored.waiters.push((name.clone(), waiters));
+            }
             !state.is_empty()
         });
         by_shard.extend(fresh);
@@ -644,12 +745,23 @@ impl Hub {
             tracing::error!(shard, reason = refused.reason, "counts of rooms are refused for good");
             self.shared.metrics.room_counts_refused.inc();
         }
-        for (connection, ticket) in unstored.waiters {
-            let answer = match &refused {
-                Some(refused) => Answer::Outcome(Outcome::Refused(refused.clone())),
-                None => done(),
-            };
-            self.with(&connection, |session, now_ms, effects| session.on_answer(now_ms, ticket, answer, effects));
+        let uncounted: &[RoomCounter] = match answer {
+            Answer::Outcome(Outcome::RoomCounted(counted)) => &counted.refused,
+            _ => &[],
+        };
+        self.shared.metrics.room_counts_refused.inc_by(uncounted.len() as u64);
+        for (room, waiters) in unstored.waiters {
+            let uncounted: HashSet<&str> =
+                uncounted.iter().filter(|counter| *counter.room == *room).map(|counter| &*counter.name).collect();
+            for CountWaiter { connection, ticket, counter } in waiters {
+                let answer = match &refused {
+                    Some(refused) => Answer::Outcome(Outcome::Refused(refused.clone())),
+                    // The room counts as many different gifts as it can.
+                    None if !uncounted.is_empty() && uncounted.contains(&*counter.name()) => Answer::Full,
+                    None => done(),
+                };
+                self.with(&connection, |session, now_ms, effects| session.on_answer(now_ms, ticket, answer, effects));
+            }
         }
     }
 }
@@ -666,7 +778,7 @@ mod tests {
     fn what_a_round_sends_is_forgotten_at_its_end_and_is_history_from_its_begin() {
         let mut state = RoomState { history_max: 2, is_sending: true, ..RoomState::default() };
         let push = |state: &mut RoomState, number| {
-            state.window.push(&message(number));
+            state.window.push(&message(number), Versions::BOTH);
             state.unshown.push(message(number));
         };
         (1..=3).for_each(|number| push(&mut state, number));
@@ -688,6 +800,50 @@ mod tests {
         state.end_round(&round);
         assert!(state.begin_round().is_none());
         assert!(!state.is_sending, "the task ends when there is nothing");
+    }
+
+    #[test]
+    fn who_brings_another_version_begins_behind_what_was_not_encoded_in_it() {
+        let mut state = RoomState { history_max: 2, ..RoomState::default() };
+        let push = |state: &mut RoomState, number| {
+            let versions = state.versions;
+            state.window.push(&message(number), versions);
+            state.unshown.push(message(number));
+        };
+        state.speak(Version::V5);
+        (1..=3).for_each(|number| push(&mut state, number));
+        state.speak(Version::V311);
+        assert_eq!(
+            (state.place(RoomPart::Messages), state.window.cut(0).len()),
+            (3, 3),
+            "others still have to get them"
+        );
+        assert_eq!(state.welcome(RoomPart::Messages).map(|batch| batch.len()), Some(2));
+        state.speak(Version::V311);
+        push(&mut state, 4);
+        assert_eq!(state.place(RoomPart::Messages), 3, "the next one begins before what the first was not sent");
+        assert_eq!(state.window.cut(3).len(), 1);
+    }
+
+    #[test]
+    fn a_batch_serves_the_next_turn_while_nothing_comes() {
+        let batch = || (0, Arc::<Batch>::default());
+        let mut turn = Turn { batches: vec![batch(), batch()], end: 7, ..Turn::default() };
+        let last = turn.batches[1].1.clone();
+        turn.begin(7);
+        assert!(turn.batches.len() == 1 && Arc::ptr_eq(&turn.batches[0].1, &last));
+        turn.begin(8);
+        assert!(turn.batches.is_empty(), "it ends before what came");
+    }
+
+    #[test]
+    fn the_owner_hears_of_what_came_for_nobody() {
+        let owner = MemberId::new("business-0", 1).expect("a good name");
+        let mut state = RoomState { in_hand: Some((owner, 100)), ..RoomState::default() };
+        let round = state.begin_round().expect("there is something to tell");
+        assert_eq!((round.parts, round.in_hand.as_ref().map(|(_, bytes)| *bytes)), ([false, false], Some(100)));
+        state.end_round(&round);
+        assert!(state.begin_round().is_none());
     }
 
     #[test]

@@ -119,7 +119,7 @@ pub(super) struct Inbox {
     /// Flows whose cursor moved since the owner was told.
     dirty: Vec<u32>,
     fetches: usize,
-    /// Heads could not be asked: again at the next tick.
+    /// Heads could not be asked, or a mark not told: again at the next tick that finds room for what comes of it.
     pub(super) compare_again: bool,
     /// Sent publishes in the order of their packet ids.
     unacked: VecDeque<Unacked>,
@@ -301,7 +301,7 @@ impl Session {
     pub(super) fn on_heads_to_subscribe(&mut self, now_ms: u64, answer: Answer, effects: &mut Effects) {
         let list = match answer {
             Answer::Outcome(Outcome::Heads(list)) => list,
-            answer => return self.subscription_failed(refusal_of(&answer).0),
+            answer => return self.subscription_failed(refusal_of(&answer).0, effects),
         };
         let InboxState::Subscribing(subscribing) = &mut self.inbox.state else { return };
         subscribing.heads_left -= 1;
@@ -363,7 +363,7 @@ impl Session {
         if self.is_congested() { 0 } else { self.inbox.room() }
     }
 
-    fn is_congested(&self) -> bool {
+    pub(super) fn is_congested(&self) -> bool {
         self.out.len() >= self.shared.limits.deliver_below()
     }
 
@@ -461,7 +461,7 @@ impl Session {
         self.inbox.fetches -= 1;
         self.inbox.flows[index as usize].fetching = false;
         match answer {
-            Answer::Outcome(Outcome::Fetched(fetched)) => self.take_fetched(index, from, head_before, &fetched),
+            Answer::Outcome(Outcome::Fetched(fetched)) => self.take_fetched(index, &fetched),
             answer => {
                 let (_, for_now) = refusal_of(&answer);
                 if for_now {
@@ -469,13 +469,21 @@ impl Session {
                 }
                 let flow = &mut self.inbox.flows[index as usize];
                 flow.head = flow.next - 1;
+                self.inbox.compare_again = true; // an owner that was replaced may not know of a join
             }
+        }
+        let flow = &self.inbox.flows[index as usize];
+        if (flow.next, flow.head) == (from, head_before) {
+            // Who answered knows less than who announced it, because he was replaced: others first, then the next tick or
+            // acknowledgement asks again.
+            self.fetch(now_ms, effects);
+            return self.inbox.mark_behind(index);
         }
         self.inbox.mark_behind(index);
         self.fetch(now_ms, effects);
     }
 
-    fn take_fetched(&mut self, index: u32, from: u64, head_before: u64, fetched: &Fetched) {
+    fn take_fetched(&mut self, index: u32, fetched: &Fetched) {
         if !matches!(self.inbox.state, InboxState::Subscribed) {
             return;
         }
@@ -498,10 +506,6 @@ impl Session {
         if all {
             flow.advance_to(fetched.next);
             flow.head = flow.head.max(fetched.head);
-            if flow.next == from && flow.head == head_before {
-                // Nothing there that this user may see, whatever the hint said.
-                flow.head = flow.next - 1;
-            }
             self.inbox.mark_dirty(index);
         }
     }
@@ -533,7 +537,11 @@ impl Session {
         let marks = [(own, &mut flow.own_mark_told, Some(&*self.user)), (peer, &mut flow.peer_mark_told, other)];
         for (seq, told, reader) in marks {
             let Some(reader) = reader else { continue };
-            if seq <= *told || is_congested {
+            if seq <= *told {
+                continue;
+            }
+            if is_congested {
+                self.inbox.compare_again = true;
                 continue;
             }
             *told = seq;

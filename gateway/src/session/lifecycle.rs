@@ -142,7 +142,9 @@ impl Session {
         for cursor in &cursors {
             self.inbox.resume_after(cursor);
         }
-        self.resumable = taken;
+        // Copies: the keys are parts of all that the link said at once.
+        let own = |taken: Taken| Taken { key: taken.key.to_vec().into(), ..taken };
+        self.resumable = taken.into_iter().map(own).collect();
         if let Phase::Registering { since_ms } = std::mem::replace(&mut self.phase, Phase::Live) {
             self.shared.metrics.connected_after(now_ms.saturating_sub(since_ms));
         }
@@ -178,8 +180,7 @@ impl Session {
             return; // its registration is sent again by the router
         }
         // What was asked in the session's name would reach an owner that has not heard of it: it is asked behind the announcement.
-        let void: Vec<Waiting> = self.waiting.extract_if(.., |waiting| waiting.what.is_of_session()).collect();
-        effects.cancel.extend(void.iter().map(|waiting| waiting.request_id));
+        let void = self.give_up(What::is_of_session, effects);
         let register = Register {
             user: self.user.to_string(),
             device: self.device.to_string(),
@@ -194,9 +195,7 @@ impl Session {
         for Waiting { what, since_ms, .. } in void {
             match what {
                 What::SubscribeInbox => self.write_subscription(since_ms, effects),
-                What::UnsubscribeInbox { packet_id, codes } => {
-                    self.write_unsubscription(since_ms, packet_id, codes, effects);
-                }
+                What::UnsubscribeInbox { .. } => self.write_unsubscription(since_ms, what, effects),
                 // The announcement says it.
                 _ => {}
             }
@@ -250,13 +249,7 @@ impl Session {
             self.send_close(session_expiry_s, effects);
         }
         // A registration stays: its answer names the session that then has to be closed.
-        for waiting in std::mem::take(&mut self.waiting) {
-            match waiting.what {
-                What::Register => self.waiting.push(waiting),
-                _ if waiting.request_id != 0 => effects.cancel.push(waiting.request_id),
-                _ => {}
-            }
-        }
+        self.give_up(|what| !matches!(what, What::Register), effects);
         if let Some(will) = self.will.take().filter(|_| will && self.number.is_some()) {
             let OwnedWill { room, payload } = *will;
             let (sender, device) = (self.user.to_string(), self.device.to_string());
@@ -268,13 +261,13 @@ impl Session {
     }
 
     pub(super) fn send_close(&mut self, expiry_s: Option<u32>, effects: &mut Effects) {
-        let mut taken = std::mem::take(&mut self.resumable);
+        // What the connection before left is no part of it: its packet ids may mean other messages by now.
+        let mut taken = Vec::new();
         for waiting in &self.waiting {
             if let What::Publish(publish) = &waiting.what
                 && let Some(key) = publish.key
                 && publish.packet_id != 0
             {
-                taken.retain(|old| old.packet_id != u32::from(publish.packet_id));
                 let key = Bytes::copy_from_slice(&key);
                 taken.push(Taken { packet_id: publish.packet_id.into(), hash: publish.hash, key });
             }

@@ -1,4 +1,4 @@
-//! The protocol state machine of one connection (design §2, §3 Presence, §4).
+//! The protocol state machine of one connection.
 //!
 //! Sans-I/O: packets, answers, pushes and ticks come in with the time in milliseconds; packets go out through the session's own
 //! [`OutBuffer`], everything else through [`Effects`]. It knows nothing of sockets, tasks or links, so a seeded loop can drive it.
@@ -22,7 +22,7 @@ use im_proto::link::{Body, Refusal, Refused, SessionNumber, Taken, body};
 
 use self::delivery::Inbox;
 use self::rooms::EnteredRoom;
-pub use self::rooms::{Batch, Counter, RoomPart, Sent, Window};
+pub use self::rooms::{Batch, Counter, RoomPart, Sent, Versions, Window};
 use crate::metrics::Metrics;
 use crate::mqtt::{self, OutBuffer, Reason, Version};
 
@@ -211,9 +211,23 @@ enum What {
     HeadsToSubscribe,
     HeadsToCompare,
     SubscribeInbox,
-    UnsubscribeInbox { packet_id: u16, codes: Vec<u8> },
-    EnterRoom { packet_id: u16, filter: usize, room: Arc<str>, part: RoomPart },
-    Fetch { flow: u32, from: u64, head_before: u64 },
+    /// `was_subscribed`: it is again if this is refused; else the subscription was still on its way.
+    UnsubscribeInbox {
+        packet_id: u16,
+        codes: Vec<u8>,
+        was_subscribed: bool,
+    },
+    EnterRoom {
+        packet_id: u16,
+        filter: usize,
+        room: Arc<str>,
+        part: RoomPart,
+    },
+    Fetch {
+        flow: u32,
+        from: u64,
+        head_before: u64,
+    },
     Cursors,
 }
 
@@ -393,6 +407,13 @@ impl Session {
         shard_of(&room_key(room), self.shards)
     }
 
+    /// Gives up what `is_void`: its answers are ignored from now on.
+    fn give_up(&mut self, is_void: impl Fn(&What) -> bool, effects: &mut Effects) -> Vec<Waiting> {
+        let void: Vec<Waiting> = self.waiting.extract_if(.., |waiting| is_void(&waiting.what)).collect();
+        effects.cancel.extend(void.iter().map(|waiting| waiting.request_id));
+        void
+    }
+
     /// The router took a request of this session under an id.
     pub fn routed(&mut self, ticket: u32, request_id: u64) {
         if let Some(waiting) = self.waiting.iter_mut().find(|waiting| waiting.ticket == ticket) {
@@ -443,16 +464,18 @@ impl Session {
                 Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession => {
                     self.taken_over(effects)
                 }
-                answer => self.subscription_failed(refusal_of(&answer).0),
+                answer => self.subscription_failed(refusal_of(&answer).0, effects),
             },
-            What::UnsubscribeInbox { packet_id, codes } => match answer {
+            What::UnsubscribeInbox { packet_id, codes, was_subscribed } => match answer {
                 Answer::Outcome(Outcome::Done(_)) => mqtt::unsuback(&mut self.out, self.version, packet_id, &codes),
                 Answer::Outcome(Outcome::Refused(refused)) if refused.code() == Refusal::StaleSession => {
                     self.taken_over(effects)
                 }
                 answer => {
-                    if matches!(self.inbox.state, InboxState::Unsubscribed) {
+                    if was_subscribed && matches!(self.inbox.state, InboxState::Unsubscribed) {
                         self.inbox.state = InboxState::Subscribed;
+                        // What was announced meanwhile was not noted.
+                        self.inbox.compare_again = true;
                     }
                     let ((reason, _), _) = refusal_of(&answer);
                     let codes = vec![reason.code(); codes.len()];
@@ -512,7 +535,7 @@ impl Session {
         if std::mem::take(&mut self.announce_again) {
             self.announce(now_ms, effects);
         }
-        if self.inbox.compare_again {
+        if self.inbox.compare_again && !self.is_congested() {
             self.compare_heads(now_ms, effects);
         }
         self.fetch(now_ms, effects);

@@ -432,7 +432,9 @@ impl Session {
         self.ask_user(now_ms, What::SubscribeInbox, body::Body::Subscribe(subscribe), effects);
     }
 
-    pub(super) fn subscription_failed(&mut self, refusal: (Reason, &'static str)) {
+    pub(super) fn subscription_failed(&mut self, refusal: (Reason, &'static str), effects: &mut Effects) {
+        // The heads that are still to come belong to no later SUBSCRIBE.
+        self.give_up(|what| matches!(what, What::HeadsToSubscribe), effects);
         if let InboxState::Subscribing(subscribing) = std::mem::replace(&mut self.inbox.state, InboxState::Unsubscribed)
         {
             for (packet_id, filter) in subscribing.waiters {
@@ -446,7 +448,7 @@ impl Session {
         let mut codes = Vec::with_capacity(filters.len());
         for filter in filters {
             let existed = match Subscription::parse(filter) {
-                Ok(Subscription::Inbox) if matches!(self.inbox.state, InboxState::Subscribed) => {
+                Ok(Subscription::Inbox) if !matches!(self.inbox.state, InboxState::Unsubscribed) => {
                     inbox = true;
                     true
                 }
@@ -459,11 +461,19 @@ impl Session {
         if !inbox {
             return mqtt::unsuback(&mut self.out, self.version, packet_id, &codes);
         }
-        self.inbox.state = InboxState::Unsubscribed;
-        self.write_unsubscription(now_ms, packet_id, codes, effects);
+        let state = std::mem::replace(&mut self.inbox.state, InboxState::Unsubscribed);
+        let was_subscribed = matches!(state, InboxState::Subscribed);
+        if let InboxState::Subscribing(subscribing) = state {
+            // What was asked of the owner for these is undone by what he is asked now.
+            self.give_up(|what| matches!(what, What::HeadsToSubscribe | What::SubscribeInbox), effects);
+            for (packet_id, filter) in subscribing.waiters {
+                self.granted(packet_id, filter, 1);
+            }
+        }
+        self.write_unsubscription(now_ms, What::UnsubscribeInbox { packet_id, codes, was_subscribed }, effects);
     }
 
-    pub(super) fn write_unsubscription(&mut self, now_ms: u64, packet_id: u16, codes: Vec<u8>, effects: &mut Effects) {
+    pub(super) fn write_unsubscription(&mut self, now_ms: u64, what: What, effects: &mut Effects) {
         let unsubscribe = Subscribe {
             user: self.user.to_string(),
             device: self.device.to_string(),
@@ -471,7 +481,7 @@ impl Session {
             subscribed: false,
             cursors: Vec::new(),
         };
-        self.ask_user(now_ms, What::UnsubscribeInbox { packet_id, codes }, body::Body::Subscribe(unsubscribe), effects);
+        self.ask_user(now_ms, what, body::Body::Subscribe(unsubscribe), effects);
     }
 
     /// Whether the session was there.

@@ -58,6 +58,27 @@ impl Counter {
     }
 }
 
+/// Versions of the protocol.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Versions {
+    v5: bool,
+    v311: bool,
+}
+
+impl Versions {
+    /// Each of them.
+    pub const BOTH: Self = Self { v5: true, v311: true };
+
+    /// Adds one; says whether it is new.
+    pub fn add(&mut self, version: Version) -> bool {
+        let has = match version {
+            Version::V5 => &mut self.v5,
+            Version::V311 => &mut self.v311,
+        };
+        !std::mem::replace(has, true)
+    }
+}
+
 /// Packets of one version, one behind the other.
 #[derive(Debug, Default)]
 struct Packets {
@@ -66,9 +87,10 @@ struct Packets {
     largest: usize,
 }
 
-/// Messages of a room that go out together, for both versions.
+/// Messages of a room that go out together, in those versions in which they were encoded.
 #[derive(Debug, Default)]
 pub struct Batch {
+    count: u64,
     v5: Packets,
     v311: Packets,
 }
@@ -83,17 +105,22 @@ impl Batch {
 
     /// Messages in it.
     pub fn len(&self) -> u64 {
-        self.v5.ends.len() as u64
+        self.count
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.v5.ends.is_empty()
+        self.count == 0
+    }
+
+    /// Bytes of the larger encoding.
+    pub fn bytes(&self) -> usize {
+        self.v5.bytes.len().max(self.v311.bytes.len())
     }
 }
 
 /// Messages of a room that not every viewer was sent yet, encoded. They come at its end, each viewer is sent those behind his
-/// place, and at its front they are forgotten.
+/// place, and at its front they are forgotten. In a version that nobody speaks they are left out.
 #[derive(Debug, Default)]
 pub struct Window {
     v5: OpenPackets,
@@ -107,10 +134,13 @@ struct OpenPackets {
 }
 
 impl OpenPackets {
-    fn push(&mut self, delivery: &Delivery<'_>, version: Version) {
-        let mut out = OutBuffer::default();
-        delivery.encode(&mut out, version);
-        self.bytes.extend_from_slice(&out.take_bytes());
+    /// Appends a packet, or only its place.
+    fn push(&mut self, delivery: &Delivery<'_>, version: Version, is_spoken: bool) {
+        if is_spoken {
+            let mut out = OutBuffer::default();
+            delivery.encode(&mut out, version);
+            self.bytes.extend_from_slice(&out.take_bytes());
+        }
         self.ends.push(self.bytes.len() as u32);
     }
 
@@ -121,6 +151,9 @@ impl OpenPackets {
 
     fn cut(&self, from: usize) -> Packets {
         let start = self.start(from);
+        if start == self.bytes.len() {
+            return Packets::default();
+        }
         let bytes = Bytes::copy_from_slice(&self.bytes[start..]);
         let ends: Vec<u32> = self.ends.iter().skip(from).map(|end| end - start as u32).collect();
         let begins = std::iter::once(0).chain(ends.iter().copied());
@@ -138,25 +171,27 @@ impl OpenPackets {
 
 impl Window {
     /// Appends a message of a room.
-    pub fn push(&mut self, message: &RoomMessage) {
+    pub fn push(&mut self, message: &RoomMessage, versions: Versions) {
         let number = Digits::new(message.number);
         let properties = [("from", message.sender.as_str()), ("n", number.as_str())];
-        self.push_delivery(&Delivery {
+        let delivery = Delivery {
             topic: &["r", &message.room],
             packet_id: 0,
             user_properties: &properties,
             payload: &message.payload,
-        });
+        };
+        self.push_delivery(&delivery, versions);
     }
 
     /// Appends a message on a topic under the room's.
     pub fn push_below(&mut self, room: &str, below: &str, payload: &Bytes) {
-        self.push_delivery(&Delivery { topic: &["r", room, below], packet_id: 0, user_properties: &[], payload });
+        let delivery = Delivery { topic: &["r", room, below], packet_id: 0, user_properties: &[], payload };
+        self.push_delivery(&delivery, Versions::BOTH);
     }
 
-    fn push_delivery(&mut self, delivery: &Delivery<'_>) {
-        self.v5.push(delivery, Version::V5);
-        self.v311.push(delivery, Version::V311);
+    fn push_delivery(&mut self, delivery: &Delivery<'_>, versions: Versions) {
+        self.v5.push(delivery, Version::V5, versions.v5);
+        self.v311.push(delivery, Version::V311, versions.v311);
     }
 
     /// Messages in it.
@@ -171,12 +206,13 @@ impl Window {
 
     /// Bytes of the larger encoding.
     pub fn bytes(&self) -> usize {
-        self.v5.bytes.len()
+        self.v5.bytes.len().max(self.v311.bytes.len())
     }
 
     /// What is behind the first `from` messages.
     pub fn cut(&self, from: u64) -> Batch {
-        Batch { v5: self.v5.cut(from as usize), v311: self.v311.cut(from as usize) }
+        let count = self.len().saturating_sub(from);
+        Batch { count, v5: self.v5.cut(from as usize), v311: self.v311.cut(from as usize) }
     }
 
     /// Forgets the first `count` messages.
@@ -220,7 +256,9 @@ impl Session {
         sent.delivered = count;
         let written = if is_idle && !bytes.is_empty() { write(bytes).min(bytes.len()) } else { 0 };
         if written < bytes.len() {
-            self.out.put(&bytes.slice(written..));
+            // A little rest must not keep the whole batch in memory.
+            let rest = bytes.slice(written..);
+            self.out.put(&if rest.len() < bytes.len() / 4 { Bytes::copy_from_slice(&rest) } else { rest });
             sent.wakes = is_idle;
         }
         sent

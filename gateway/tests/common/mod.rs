@@ -15,8 +15,9 @@ use im_proto::link::link_server::{Link, LinkServer};
 use im_proto::link::reply::Outcome;
 use im_proto::link::{
     Body, ClientFrame, ClientFrames, Deliver, Done, Entry, Fetched, Head, HeadList, IndexRow, Marked, Owned,
-    OwnedShard, PresenceInfo, Push, Recipient, Refusal, Refused, Registered, Reply, RoomCounts, RoomJoined,
-    RoomMessage, ServerFrame, ServerFrames, SessionNumber, Stored, body, client_frame, push, server_frame,
+    OwnedShard, PresenceInfo, Push, Recipient, Refusal, Refused, Registered, Reply, RoomCounted, RoomCounter,
+    RoomCounts, RoomJoin, RoomJoined, RoomMessage, ServerFrame, ServerFrames, SessionNumber, Stored, body,
+    client_frame, push, server_frame,
 };
 use im_proto::links::Outbox;
 use mqtt_protocol_core::mqtt::packet::{Qos, SubEntry, SubOpts, v5_0};
@@ -48,6 +49,11 @@ struct OwnerState {
     counts: Vec<RoomCounts>,
     refused_counts: Vec<RoomCounts>,
     counts_to_refuse: u32,
+    holds_counts: bool,
+    held_counts: Vec<u64>,
+    uncounted: Option<String>,
+    joins: Vec<RoomJoin>,
+    joins_to_refuse: u32,
     room_took: u64,
     history_max: u32,
 }
@@ -79,9 +85,7 @@ impl FakeOwner {
         let mut state = self.state.lock();
         state.push_id += 1;
         let frame = server_frame::Frame::Push(Push { id: state.push_id, push: Some(push) });
-        for link in &state.links {
-            link.push([ServerFrame { frame: Some(frame.clone()) }]).unwrap();
-        }
+        say(&state, frame);
     }
 
     /// Counts that were taken.
@@ -97,6 +101,38 @@ impl FakeOwner {
     /// Refuses the next counts for now.
     pub fn refuse_counts(&self, times: u32) {
         self.state.lock().counts_to_refuse = times;
+    }
+
+    /// Answers no counts from now on, or those that wait and all that come.
+    pub fn hold_counts(&self, holds: bool) {
+        let mut state = self.state.lock();
+        state.holds_counts = holds;
+        let held = if holds { Vec::new() } else { std::mem::take(&mut state.held_counts) };
+        for id in held {
+            let reply = Reply { id, epoch: 1, outcome: Some(Outcome::Done(Done {})) };
+            say(&state, server_frame::Frame::Reply(reply));
+        }
+    }
+
+    /// Says of this counter that its room has no space for it.
+    pub fn do_not_count(&self, counter: &str) {
+        self.state.lock().uncounted = Some(counter.to_owned());
+    }
+
+    /// What was said of who is in rooms.
+    pub fn joins(&self) -> Vec<RoomJoin> {
+        self.state.lock().joins.clone()
+    }
+
+    /// Refuses the next joins for now.
+    pub fn refuse_joins(&self, times: u32) {
+        self.state.lock().joins_to_refuse = times;
+    }
+
+    /// Another epoch of all shards begins.
+    pub fn acquire_again(&self, epoch: u64) {
+        let shards = (0..SHARDS).map(|shard| OwnedShard { shard, epoch }).collect();
+        say(&self.state.lock(), server_frame::Frame::Owned(Owned { shards }));
     }
 
     /// Bytes of room messages that went out.
@@ -173,7 +209,12 @@ impl FakeOwner {
                 pushes.push(push::Push::RoomMessage(RoomMessage { room, sender, device, payload, number: 1 }));
                 Outcome::Done(Done {})
             }
-            body::Body::RoomJoin(_) => {
+            body::Body::RoomJoin(join) => {
+                state.joins.push(join);
+                if state.joins_to_refuse > 0 {
+                    state.joins_to_refuse -= 1;
+                    return Outcome::Refused(Refused { code: Refusal::Busy.into(), reason: String::new() });
+                }
                 Outcome::RoomJoined(RoomJoined { history_max: state.history_max, ..RoomJoined::default() })
             }
             body::Body::RoomCounts(counts) if state.counts_to_refuse > 0 && has_counted(&counts) => {
@@ -182,10 +223,19 @@ impl FakeOwner {
                 Outcome::Refused(Refused { code: Refusal::StoreUnavailable.into(), reason: String::new() })
             }
             body::Body::RoomCounts(counts) => {
+                let is_uncounted = |name: &String| state.uncounted.as_ref() == Some(name);
+                let mut refused = Vec::new();
+                for room in &counts.rooms {
+                    let names = room.counted.iter().map(|count| count.name.clone()).filter(is_uncounted);
+                    refused.extend(names.map(|name| RoomCounter { room: room.room.clone(), name }));
+                }
                 if has_counted(&counts) {
                     state.counts.push(counts);
                 }
-                Outcome::Done(Done {})
+                match refused.is_empty() {
+                    true => Outcome::Done(Done {}),
+                    false => Outcome::RoomCounted(RoomCounted { refused }),
+                }
             }
             body::Body::Close(close) => {
                 state.closes.push(close);
@@ -213,7 +263,14 @@ impl FakeOwner {
             client_frame::Frame::Request(request) => {
                 let body = Body::decode(request.body).unwrap().body.unwrap();
                 let mut pushes = Vec::new();
+                let is_counts = matches!(body, body::Body::RoomCounts(_));
                 let outcome = self.answer(body, &mut pushes);
+                let mut state = self.state.lock();
+                if is_counts && state.holds_counts {
+                    state.held_counts.push(request.id);
+                    return Vec::new();
+                }
+                drop(state);
                 let reply = Reply { id: request.id, epoch: request.epoch, outcome: Some(outcome) };
                 let mut frames = vec![server_frame::Frame::Reply(reply)];
                 for push in pushes {
@@ -225,6 +282,12 @@ impl FakeOwner {
             }
         };
         frame.into_iter().map(|frame| ServerFrame { frame: Some(frame) }).collect()
+    }
+}
+
+fn say(state: &OwnerState, frame: server_frame::Frame) {
+    for link in &state.links {
+        link.push([ServerFrame { frame: Some(frame.clone()) }]).unwrap();
     }
 }
 
@@ -311,13 +374,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
 
     pub async fn connect_with(stream: S, user: &str, device: &str, password: &[u8]) -> Self {
         let mut client = Self::new(stream);
-        let connect = v5_0::Connect::builder().client_id(device).unwrap().user_name(user).unwrap();
-        let connect = connect.password(password.to_vec()).unwrap();
-        client.send(&connect.clean_start(true).build().unwrap().to_continuous_buffer()).await;
-        let (first, body) = client.receive().await.expect("CONNACK");
-        assert_eq!((first, body[1]), (0x20, 0), "{body:?}");
-        v5_0::Connack::parse(&body).expect("a CONNACK that others read too");
+        assert_eq!(client.login_with(user, device, password).await, Some(0));
         client
+    }
+
+    pub async fn login(&mut self, user: &str, device: &str) -> Option<u8> {
+        self.login_with(user, device, b"x").await
+    }
+
+    /// The CONNACK's code; `None` if the connection was closed without one.
+    pub async fn login_with(&mut self, user: &str, device: &str, password: &[u8]) -> Option<u8> {
+        // Who is refused before his CONNECT may find the socket closed.
+        self.stream.write_all(&connect_packet(user, device, password)).await.ok()?;
+        self.stream.flush().await.ok()?;
+        let (first, body) = self.receive().await?;
+        assert_eq!(first, 0x20, "{body:?}");
+        v5_0::Connack::parse(&body).expect("a CONNACK that others read too");
+        Some(body[1])
     }
 
     pub async fn send(&mut self, bytes: &[u8]) {
@@ -349,6 +422,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         assert_eq!(first, 0x90);
         v5_0::Suback::parse(&body).expect("a SUBACK that others read too");
         *body.last().unwrap()
+    }
+
+    pub async fn unsubscribe(&mut self, filter: &str) {
+        let packet = v5_0::Unsubscribe::builder().packet_id(9u16).entries(vec![filter]).unwrap().build().unwrap();
+        self.send(&packet.to_continuous_buffer()).await;
+        assert_eq!(self.receive().await.expect("UNSUBACK").0, 0xB0);
     }
 
     /// Publishes with QoS 1; returns the PUBACK's code and its properties as text.
@@ -385,6 +464,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
             properties: format!("{publish:?}"),
         }
     }
+}
+
+pub fn connect_packet(user: &str, device: &str, password: &[u8]) -> Vec<u8> {
+    let connect = v5_0::Connect::builder().client_id(device).unwrap().user_name(user).unwrap();
+    let connect = connect.password(password.to_vec()).unwrap().clean_start(true).build().unwrap();
+    connect.to_continuous_buffer()
 }
 
 fn split(input: &[u8]) -> Option<((u8, Vec<u8>), usize)> {

@@ -8,8 +8,6 @@
 //! scrapes, of samples that the kubelet took up to 10 s (here: 5 s) earlier. Both have pods that serve 10 s after their
 //! creation, load that spreads evenly at once, and a CPU that can't be used to more than 100 %.
 
-#![allow(clippy::expect_used, reason = "a test's own expectations")]
-
 use super::*;
 use im_crds::{Behavior, BuiltIn, BuiltInMetric, Target, TargetType};
 use std::collections::BTreeSet;

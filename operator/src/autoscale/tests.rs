@@ -1,7 +1,5 @@
 //! Tables after the cases of upstream's `replica_calculator_test.go` and `horizontal_test.go`, and properties.
 
-#![allow(clippy::expect_used, reason = "a test's own expectations")]
-
 use super::*;
 use im_crds::{Behavior, BuiltIn, BuiltInMetric, PrometheusMetric, QueryTarget, QueryTargetType, Target, TargetType};
 use proptest::prelude::*;

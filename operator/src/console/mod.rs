@@ -128,7 +128,9 @@ fn draw(out: &mut String, status: &Status) -> std::fmt::Result {
             writeln!(out, "  {sentence}")?;
         }
     }
-    for problem in shards.stale_approval.iter().chain(&shards.waits) {
+    let store = shards.store_away.as_ref().map(ToString::to_string);
+    let prometheus = status.prometheus.as_ref().map(|outage| &outage.message);
+    for problem in shards.stale_approval.iter().chain(&shards.waits).chain(&store).chain(prometheus) {
         writeln!(out, "  {problem}")?;
     }
     let nobody = || "nobody".to_owned();
@@ -175,7 +177,7 @@ fn draw_tier(out: &mut String, title: &str, tier: &TierStatus) -> std::fmt::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::status::{MemberStatus, MoveStatus};
+    use crate::control::status::{MemberStatus, MoveStatus, Outage, StoreAway};
 
     #[test]
     fn the_table_says_who_how_many_and_why() {
@@ -188,6 +190,7 @@ mod tests {
             max: 4,
             because: vec!["Connections: 250 at 100 each".into()],
             limited: None,
+            in_doubt: false,
             members: vec![MemberStatus {
                 name: "gateway-0".into(),
                 pid: Some(42),
@@ -199,6 +202,10 @@ mod tests {
         status.shards.moving = 9;
         status.shards.moves =
             vec![MoveStatus { shard: 7, from: None, to: Some("business-1".into()), phase: "acquiring".into() }; 9];
+        let away = StoreAway { members: vec!["business-0".into()], all: true };
+        status.shards.store_away = Some(away);
+        let message = "Prometheus did not answer within 3 s".to_owned();
+        status.prometheus = Some(Outage { reason: "PrometheusUnreachable".into(), message });
         status.file.error = Some("spec.gateway.replicas: is 0".into());
         let table = table(&status);
         for expected in [
@@ -209,6 +216,8 @@ mod tests {
             "250 connections",
             "7  nobody -> business-1  acquiring",
             "and 1 more",
+            "the store does not answer business-0",
+            "Prometheus did not answer within 3 s",
             "LAG       unknown",
         ] {
             assert!(table.contains(expected), "no `{expected}` in\n{table}");

@@ -6,6 +6,7 @@
 //! the loop of its cluster, or tells it who leads if this process does not.
 
 mod clusters;
+mod lasting;
 mod leader;
 pub mod proposal;
 mod scaling;

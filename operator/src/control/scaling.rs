@@ -39,6 +39,11 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
+    /// Whether some metric can't be trusted, so that nothing is scaled in.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.metrics.iter().any(|state| *state != MetricState::Fresh)
+    }
+
     fn without_metrics(replicas: u32, because: &str) -> Self {
         Self { replicas, because: vec![because.to_owned()], ..Self::default() }
     }

@@ -1,16 +1,20 @@
 //! The status document: what is, and why. Served as JSON by the console, read by `imcluster status`.
 
 use crate::autoscale::Limit;
+use crate::metrics::PrometheusError;
 use crate::platform::ProcessState;
 use crate::shards::Snapshot;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Events that are kept.
 pub const EVENTS_MAX: usize = 50;
 /// Moves that are listed.
 pub const MOVES_LISTED_MAX: usize = 64;
+/// Members that a sentence names.
+const MEMBERS_NAMED_MAX: usize = 3;
 /// From this watermark lag on nobody can say that nothing is lost.
 const LAG_UNKNOWN_S: f64 = 30.0;
 
@@ -30,6 +34,12 @@ pub struct Status {
     pub tiers: Tiers,
     /// The shards.
     pub shards: Shards,
+    /// Why Prometheus says nothing, or not all that it is asked, if that lasts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prometheus: Option<Outage>,
+    /// Control is too new to say what lasts.
+    #[serde(default)]
+    pub young: bool,
     /// Age of the oldest message whose recipients were not all notified, seconds; `None` = nobody says.
     pub watermark_lag_seconds: Option<f64>,
     /// Whether every acknowledged message is still there.
@@ -38,6 +48,25 @@ pub struct Status {
     pub events: VecDeque<Event>,
     /// Whether what the user wrote last is what runs.
     pub file: FileStatus,
+}
+
+/// Something that does not do what it is asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Outage {
+    /// One CamelCase word for machines.
+    pub reason: String,
+    /// A sentence.
+    pub message: String,
+}
+
+impl Outage {
+    pub(super) fn of(error: &PrometheusError) -> Self {
+        // A query that is refused, or whose result is of no use, came to its end.
+        let answers = matches!(error, PrometheusError::Query(_) | PrometheusError::Result(_));
+        let reason = if answers { "QueryFails" } else { "PrometheusUnreachable" };
+        Self { reason: reason.to_owned(), message: error.to_string() }
+    }
 }
 
 /// Both tiers.
@@ -69,6 +98,9 @@ pub struct TierStatus {
     /// What keeps it from what the metrics ask for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limited: Option<Limit>,
+    /// For a while now some metric can't be trusted: nothing is scaled in.
+    #[serde(default)]
+    pub in_doubt: bool,
     /// Each member.
     pub members: Vec<MemberStatus>,
 }
@@ -162,6 +194,40 @@ pub struct Shards {
     /// Why planned moves wait, if they do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waits: Option<String>,
+    /// Members that the store does not answer, if that lasts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store_away: Option<StoreAway>,
+}
+
+/// A store that does not answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StoreAway {
+    /// Whom it does not answer.
+    pub members: Vec<String>,
+    /// It answers nobody else either.
+    pub all: bool,
+}
+
+impl StoreAway {
+    /// Of so many business members that were heard a moment ago, with whether the store answers each.
+    pub(super) fn of(members: &[(&str, bool)]) -> Option<Self> {
+        let away: Vec<String> =
+            members.iter().filter(|(_, answered)| !answered).map(|(name, _)| (*name).to_owned()).collect();
+        (!away.is_empty()).then_some(Self { all: away.len() == members.len(), members: away })
+    }
+}
+
+/// A sentence.
+impl fmt::Display for StoreAway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let named = self.members.iter().take(MEMBERS_NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
+        write!(f, "the store does not answer {named}")?;
+        match self.members.len().saturating_sub(MEMBERS_NAMED_MAX) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
 }
 
 /// One shard under way.
@@ -278,6 +344,33 @@ mod tests {
             [(100, 100, None), (100, 25, Some(10)), (100, 0, Some(0)), (0, 0, Some(0)), (5, 9, None)]
         {
             assert_eq!(DrainStatus::new(first, held, after).seconds_left, left, "{held} of {first}");
+        }
+    }
+
+    #[test]
+    fn a_store_that_is_away_names_whom_it_does_not_answer() {
+        assert_eq!(StoreAway::of(&[]), None);
+        assert_eq!(StoreAway::of(&[("b-0", true), ("b-1", true)]), None);
+        for (members, all, words) in [
+            (&[("b-0", true), ("b-1", false)][..], false, "b-1"),
+            (&[("b-0", false), ("b-1", false)], true, "b-0, b-1"),
+            (&[("0", false), ("1", false), ("2", false), ("3", false), ("4", false)], true, "0, 1, 2 and 2 more"),
+        ] {
+            let away = StoreAway::of(members).expect("somebody is not answered");
+            assert_eq!((away.all, away.to_string()), (all, format!("the store does not answer {words}")));
+        }
+    }
+
+    #[test]
+    fn a_query_that_fails_is_no_prometheus_that_is_away() {
+        for (error, reason) in [
+            (PrometheusError::Timeout, "PrometheusUnreachable"),
+            (PrometheusError::Status(502), "PrometheusUnreachable"),
+            (PrometheusError::Query("unclosed".into()), "QueryFails"),
+            (PrometheusError::Result("a matrix".into()), "QueryFails"),
+        ] {
+            let outage = Outage::of(&error);
+            assert_eq!((outage.reason.as_str(), outage.message), (reason, error.to_string()));
         }
     }
 

@@ -4,8 +4,9 @@ use super::secrets::SecretValues;
 use crate::control::ClusterKey;
 use crate::platform::{Role, Tier};
 use im_crds::{ImCluster, Place, Violation};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::Resource;
+use serde_json::json;
 use std::collections::BTreeMap;
 
 /// Label: name of the ImCluster that an object belongs to.
@@ -54,6 +55,26 @@ impl Accepted {
                 reason: "has no namespace, name or uid: the API server gives them to every object".to_owned(),
             }]),
         }
+    }
+
+    /// What stands for an ImCluster whose spec can't be used: little more than its name is known.
+    ///
+    /// # Errors
+    /// What the API server did not give it.
+    pub fn stand_in(meta: &ObjectMeta, shards: u32) -> Result<Self, Vec<Violation>> {
+        let spec = json!({ "auth": { "insecure": {} }, "business": { "shards": shards } });
+        let unusable = |error: serde_json::Error| Violation { path: "spec".to_owned(), reason: error.to_string() };
+        let spec = serde_json::from_value(spec).map_err(|error| vec![unusable(error)])?;
+        Self::new(&ImCluster { metadata: meta.clone(), spec, status: None })
+    }
+
+    /// The same as it runs, with so many members: nobody is started, replaced or told to go.
+    pub fn as_it_runs(mut self, gateways: u32, business: u32) -> Self {
+        let spec = &mut self.cluster.spec;
+        spec.paused = true;
+        (spec.gateway.autoscaling, spec.gateway.replicas) = (None, Some(gateways));
+        (spec.business.autoscaling, spec.business.replicas) = (None, Some(business));
+        self
     }
 
     /// The object.

@@ -1,5 +1,6 @@
 //! Third step of a reconcile: writes what was decided. No decision here.
 
+use super::CallError;
 use super::accepted::{Accepted, MANAGER};
 use super::children::tokens;
 use super::decide::Decision;
@@ -11,16 +12,6 @@ use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Pre
 use kube::{Api, Client};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
-
-/// A write that failed.
-#[derive(Debug, thiserror::Error)]
-#[error("{what}: {source}")]
-pub struct WriteError {
-    /// What was to be written.
-    pub what: String,
-    /// What the API server said.
-    pub source: kube::Error,
-}
 
 /// Which object, and what was wanted of it.
 type Applied = HashMap<(String, String), (u64, String)>;
@@ -75,7 +66,7 @@ pub struct Acted {
     /// The Secret of tokens, if it was made just now.
     pub tokens: Option<Secret>,
     /// Every write that failed.
-    pub errors: Vec<WriteError>,
+    pub errors: Vec<CallError>,
 }
 
 /// Carries a decision out, as far as it goes: one object that is refused does not keep the others from being written.
@@ -99,7 +90,7 @@ pub async fn act(
         let posts = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
         match api.create(&posts, &secret).await {
             Ok(made) => acted.tokens = Some(made),
-            Err(source) => errors.push(WriteError { what: format!("Secret {}", accepted.child("tokens")), source }),
+            Err(source) => errors.push(CallError { what: format!("Secret {}", accepted.child("tokens")), source }),
         }
     }
     for child in apply {
@@ -112,12 +103,11 @@ pub async fn act(
                     memory.remember(accepted, &child, version);
                 }
             }
-            Err(source) => errors.push(WriteError { what: child.title(), source }),
+            Err(source) => errors.push(CallError { what: child.title(), source }),
         }
     }
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let deployments: Api<Deployment> = Api::namespaced(client.clone(), namespace);
-    let mut unused = unused_configs;
     for deployment in spent {
         wrote("Deployment");
         // Only as it was looked at: whoever made it larger meanwhile wants it.
@@ -127,17 +117,19 @@ pub async fn act(
         };
         let params = DeleteParams { preconditions: Some(as_seen), ..DeleteParams::background() };
         match deployments.delete(&deployment.name, &params).await {
-            Ok(_) => unused.push(deployment.name),
-            Err(error) if is_past(&error) => {}
-            Err(source) => errors.push(WriteError { what: format!("Deployment {}", deployment.name), source }),
-        }
-    }
-    for name in unused {
-        wrote("ConfigMap");
-        match configs.delete(&name, &DeleteParams::default()).await {
+            // Its ConfigMap is found to be unused at the next look.
             Ok(_) => {}
             Err(error) if is_past(&error) => {}
-            Err(source) => errors.push(WriteError { what: format!("ConfigMap {name}"), source }),
+            Err(source) => errors.push(CallError { what: format!("Deployment {}", deployment.name), source }),
+        }
+    }
+    for (name, as_seen) in unused_configs {
+        wrote("ConfigMap");
+        let params = DeleteParams { preconditions: Some(as_seen), ..DeleteParams::default() };
+        match configs.delete(&name, &params).await {
+            Ok(_) => {}
+            Err(error) if is_past(&error) => {}
+            Err(source) => errors.push(CallError { what: format!("ConfigMap {name}"), source }),
         }
     }
     acted

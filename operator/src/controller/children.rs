@@ -397,7 +397,7 @@ mod tests {
             ("gateway: {limits: {messageRate: 3}}", true, false),
             ("gateway: {pod: {priorityClassName: high}}", true, false),
             ("messages: {maxPayload: 7}", true, true),
-            ("messages: {dedupWindow: 8d}", false, true),
+            ("messages: {dedupWindow: 8d}", false, false),
         ] {
             let spec = with(lines);
             assert_eq!(digest(&spec, Tier::Gateway) != gateway, gateway_differs, "gateway, {lines}");

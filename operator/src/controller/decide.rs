@@ -7,6 +7,7 @@ use super::observe::{Child, Observation, Observed, SecretState};
 use crate::platform::kubernetes::facts::DeploymentFacts;
 use k8s_openapi::api::core::v1::Secret;
 use kube::ResourceExt;
+use kube::api::Preconditions;
 use serde_json::Value;
 
 /// What keeps an ImCluster from running, or from running as it should.
@@ -25,10 +26,10 @@ pub struct Decision {
     pub apply: Vec<Child>,
     /// The Secret of tokens has to be made.
     pub make_tokens: bool,
-    /// Deployments to be deleted, with the ConfigMap of the same name.
+    /// Deployments to be deleted.
     pub spent: Vec<DeploymentFacts>,
-    /// ConfigMaps to be deleted.
-    pub unused_configs: Vec<String>,
+    /// ConfigMaps to be deleted, as they were seen.
+    pub unused_configs: Vec<(String, Preconditions)>,
     /// What stands in the way: what is asked for can't be run.
     pub problem: Option<Problem>,
     /// What is wrong and keeps nothing from running.

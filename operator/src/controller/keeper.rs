@@ -39,8 +39,28 @@ const RAN_WELL: Duration = Duration::from_secs(60);
 pub struct Order {
     /// What the status is about.
     pub situation: Situation,
-    /// What is to run, and the tokens of its members; `None` = what runs goes on.
-    pub run: Option<(Accepted, Tokens)>,
+    /// What is to run.
+    pub run: Run,
+}
+
+/// What is to run, with the tokens of its members.
+#[derive(Clone, Debug)]
+pub enum Run {
+    /// What is asked for.
+    Asked(Accepted, Tokens),
+    /// What is asked for can't be: what runs goes on. Who begins to lead takes [what there is](super::observe::what_runs) for
+    /// it, so that a member that dies is relieved all the same.
+    AsBefore(Option<(Accepted, Tokens)>),
+}
+
+impl Run {
+    /// What who begins to lead leads, and whether just that is asked for.
+    fn begin(&self) -> Option<(&Accepted, &Tokens, bool)> {
+        match self {
+            Self::Asked(accepted, tokens) => Some((accepted, tokens, true)),
+            Self::AsBefore(found) => found.as_ref().map(|(accepted, tokens)| (accepted, tokens, false)),
+        }
+    }
 }
 
 /// An ImCluster as it was seen, or written, last.
@@ -107,7 +127,8 @@ impl Keeper {
 struct Running {
     platform: Arc<KubernetesPlatform>,
     led: Led,
-    accepted: Accepted,
+    /// What was asked for; `None` = what there was.
+    accepted: Option<Accepted>,
     since: Instant,
 }
 
@@ -134,6 +155,12 @@ impl Keeping {
         let mut looks = interval(LOOK_INTERVAL);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut failure: Option<Problem> = None;
+        // An object that can't be read may have a status that can.
+        if self.seen.status == ImClusterStatus::default()
+            && let Ok(Some(found)) = self.look().await
+        {
+            self.seen = found;
+        }
         loop {
             let mut order = orders.borrow_and_update().clone();
             self.follow(&order);
@@ -144,7 +171,7 @@ impl Keeping {
                 order.situation.problem = failure.clone();
             }
             self.show(&order.situation).await;
-            let waits = self.running.is_none() && order.run.is_some();
+            let waits = self.running.is_none() && order.run.begin().is_some();
             tokio::select! {
                 changed = orders.changed() => if changed.is_err() { return },
                 _ = looks.tick() => {}
@@ -156,26 +183,27 @@ impl Keeping {
 
     /// Begins to lead, or lets the loop know what changed.
     fn follow(&mut self, order: &Order) {
-        match (&mut self.running, &order.run) {
-            (Some(running), Some((accepted, tokens))) => {
-                running.led.set_tokens(tokens.clone());
-                if !same(&running.accepted, accepted) {
-                    running.platform.set_cluster(accepted.clone());
-                    running.accepted = accepted.clone();
-                }
+        let Some(running) = &mut self.running else {
+            if let Some((accepted, tokens, asked)) = order.run.begin()
+                && Instant::now() >= self.retry_at
+            {
+                self.running = Some(begin(&self.shared, accepted, tokens, asked));
             }
-            (Some(running), None) => {
-                if let Some(problem) = &order.situation.problem {
-                    running.platform.refuse(&problem.message);
-                }
+            return;
+        };
+        if let Some((_, tokens, _)) = order.run.begin() {
+            running.led.set_tokens(tokens.clone());
+        }
+        match &order.run {
+            Run::Asked(accepted, _) if !running.accepted.as_ref().is_some_and(|known| same(known, accepted)) => {
+                running.platform.set_cluster(accepted.clone());
+                running.accepted = Some(accepted.clone());
             }
-            (None, Some((accepted, tokens))) if Instant::now() >= self.retry_at => {
-                let platform = KubernetesPlatform::new(self.shared.world.clone(), accepted.clone());
-                let setup = self.shared.setup.clone();
-                let led = self.shared.clusters.lead(accepted.key(), tokens.clone(), platform.clone(), setup);
-                self.running = Some(Running { platform, led, accepted: accepted.clone(), since: Instant::now() });
+            Run::Asked(..) => running.platform.set_problem(None),
+            Run::AsBefore(_) => {
+                let problem = order.situation.problem.as_ref();
+                running.platform.set_problem(problem.map(|problem| problem.message.as_str()));
             }
-            (None, _) => {}
         }
     }
 
@@ -279,6 +307,13 @@ impl Keeping {
             }
         }
     }
+}
+
+fn begin(shared: &Shared, accepted: &Accepted, tokens: &Tokens, asked: bool) -> Running {
+    let make = if asked { KubernetesPlatform::new } else { KubernetesPlatform::as_it_runs };
+    let platform = make(shared.world.clone(), accepted.clone());
+    let led = shared.clusters.lead(accepted.key(), tokens.clone(), platform.clone(), shared.setup.clone());
+    Running { platform, led, accepted: asked.then(|| accepted.clone()), since: Instant::now() }
 }
 
 /// Whether members would not notice the difference.

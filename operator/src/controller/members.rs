@@ -16,6 +16,8 @@ pub const TOKENS_DIR: &str = "/etc/imcluster/tokens";
 pub const LINK_TOKEN: &str = "link-token";
 /// Key and file of the store member's token.
 pub const STORE_TOKEN: &str = "store-token";
+/// Directory of the copy of the shard map.
+pub const MAP_HINT_DIR: &str = "/etc/imcluster/map";
 /// Directory of what JWTs are checked with.
 pub const JWT_DIR: &str = "/etc/imcluster/jwt";
 /// Directory of the certificate and its key.
@@ -75,6 +77,11 @@ fn shed_s(accepted: &Accepted) -> u64 {
     (drain.notice.duration() + drain.deadline.duration()).as_secs()
 }
 
+/// The copy of the shard map: under the ImCluster's own id, so that what an earlier one of the same name left is not taken for it.
+fn map_hint_file(accepted: &Accepted) -> String {
+    format!("{MAP_HINT_DIR}/{}", accepted.owner().uid)
+}
+
 fn listen(port: u16) -> Value {
     json!({ "address": format!("0.0.0.0:{port}") })
 }
@@ -100,6 +107,7 @@ pub fn gateway_config(accepted: &Accepted, control: &str) -> Value {
         "cluster": accepted.key().0,
         "control": [control],
         "linkTokenFile": format!("{TOKENS_DIR}/{LINK_TOKEN}"),
+        "mapHintFile": map_hint_file(accepted),
         "admin": listen(ADMIN_PORT),
         "auth": auth,
         "limits": gateway_limits(spec),
@@ -136,7 +144,7 @@ pub fn business_config(accepted: &Accepted, control: &str) -> Value {
         "link": listen(LINK_PORT),
         "admin": listen(ADMIN_PORT),
         "linkTokenFile": format!("{TOKENS_DIR}/{LINK_TOKEN}"),
-        "dedupWindowSeconds": spec.messages.dedup_window.duration().as_secs(),
+        "mapHintFile": map_hint_file(accepted),
         "payloadMax": spec.messages.max_payload,
         "terminationGraceSeconds": BUSINESS_GRACE_S - 10,
     });

@@ -30,13 +30,13 @@ pub mod status;
 use crate::control::{ClusterKey, Clusters, ControlError, Leadership, Setup, serve};
 use crate::leadership::{self, Identity};
 use crate::platform::kubernetes::{World, scoped};
-use accepted::{CLUSTER_LABEL, MANAGED_SELECTOR};
+use accepted::{CLUSTER_LABEL, MANAGED_SELECTOR, TIER_LABEL};
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt, select_all};
 use http::Metrics;
 use im_crds::{ImCluster, ShardMap};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use keeper::Shared;
@@ -113,6 +113,27 @@ pub enum OperatorError {
     /// The control service ended.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// A loop ended that never does.
+    #[error("{0} ended, by a fault that the log above names")]
+    Ended(&'static str),
+}
+
+/// A call to the Kubernetes API that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {}", said(source))]
+pub struct CallError {
+    /// What was to be read or written.
+    pub what: String,
+    /// What the API server said.
+    pub source: kube::Error,
+}
+
+/// What the API server said, in its own words where it answered.
+fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("{} ({} {})", status.message, status.code, status.reason),
+        other => other.to_string(),
+    }
 }
 
 /// How long to wait after so many failures in a row: the pause doubles from the first to the longest.
@@ -142,7 +163,8 @@ pub async fn run(options: Options) -> Result<(), OperatorError> {
             Err(_) => format!("{}:{port}", options.pod_ip),
         },
     };
-    let working = work(client.clone(), &options, lease_namespace.clone(), me.clone());
+    let http = TcpListener::bind(options.http_address).await.map_err(io(options.http_address.to_string()))?;
+    let working = work(client.clone(), &options, lease_namespace.clone(), me.clone(), http);
     let outcome = tokio::select! {
         ended = working => ended,
         _ = terminations.recv() => Ok(()),
@@ -155,7 +177,17 @@ pub async fn run(options: Options) -> Result<(), OperatorError> {
     outcome
 }
 
-async fn work(client: Client, options: &Options, lease_namespace: String, me: Identity) -> Result<(), OperatorError> {
+/// What [`run`] does until it is told to end; health and metrics are served at `http`.
+///
+/// # Errors
+/// [`OperatorError`].
+pub async fn work(
+    client: Client,
+    options: &Options,
+    lease_namespace: String,
+    me: Identity,
+    http: TcpListener,
+) -> Result<(), OperatorError> {
     let surroundings = Surroundings { image: options.image.clone(), control_service: options.control_service.clone() };
     let world = World::new(client.clone(), surroundings);
     let (leads, leadership) = watch::channel(Leadership::Following { leader: None });
@@ -164,23 +196,26 @@ async fn work(client: Client, options: &Options, lease_namespace: String, me: Id
     let shared = Arc::new(Shared { world, clusters, metrics: Metrics::default(), setup, reporter });
 
     let (waits_for, waits) = watch::channel("the Kubernetes API".to_owned());
-    let listener = TcpListener::bind(options.http_address).await.map_err(io(options.http_address.to_string()))?;
     let router = http::router(shared.registry(), waits);
-    let _http = AbortOnDropHandle::new(tokio::spawn(async move { axum::serve(listener, router).await }));
+    let http = AbortOnDropHandle::new(tokio::spawn(async move { axum::serve(http, router).await }));
     wait_for::<ImCluster>(&client, options.namespace.as_deref(), &waits_for).await;
     wait_for::<ShardMap>(&client, options.namespace.as_deref(), &waits_for).await;
     waits_for.send_replace("the list of pods and Deployments".to_owned());
-    let _members = AbortOnDropHandle::new(tokio::spawn(shared.world.clone().run(options.namespace.clone())));
+    let members = AbortOnDropHandle::new(tokio::spawn(shared.world.clone().run(options.namespace.clone())));
     shared.world.ready().await;
     waits_for.send_replace(String::new());
 
     let listener = TcpListener::bind(options.control_address).await.map_err(io(options.control_address.to_string()))?;
     let control = serve(shared.clusters.clone(), listener);
     let election = leadership::run(client.clone(), lease_namespace, LEASE.to_owned(), me, leads);
-    let _election = AbortOnDropHandle::new(tokio::spawn(election));
+    let election = AbortOnDropHandle::new(tokio::spawn(election));
     tokio::select! {
         ended = control => Ok(ended?),
         () = lead_when_it_is_ours(leadership, shared, options.namespace.clone()) => Ok(()),
+        // Another process does better.
+        _ = http => Err(OperatorError::Ended("the server of health and metrics")),
+        _ = members => Err(OperatorError::Ended("the watch of members")),
+        _ = election => Err(OperatorError::Ended("the election")),
     }
 }
 
@@ -272,11 +307,13 @@ async fn reconcile_all(
         .map_ok(|object| Request::from(ObjectRef::from_obj(&object)));
     let requests = select_all([
         clusters.boxed(),
-        children(&client, namespace.as_deref(), &ApiResource::erase::<Service>(&())),
-        children(&client, namespace.as_deref(), &ApiResource::erase::<ServiceAccount>(&())),
-        children(&client, namespace.as_deref(), &ApiResource::erase::<StatefulSet>(&())),
-        children(&client, namespace.as_deref(), &ApiResource::erase::<PodDisruptionBudget>(&())),
-        children(&client, namespace.as_deref(), &ApiResource::erase::<NetworkPolicy>(&())),
+        children::<Service>(&client, namespace.as_deref(), CLUSTER_LABEL),
+        children::<ServiceAccount>(&client, namespace.as_deref(), CLUSTER_LABEL),
+        children::<StatefulSet>(&client, namespace.as_deref(), CLUSTER_LABEL),
+        children::<PodDisruptionBudget>(&client, namespace.as_deref(), CLUSTER_LABEL),
+        children::<NetworkPolicy>(&client, namespace.as_deref(), CLUSTER_LABEL),
+        // Those that pods are configured with.
+        children::<ConfigMap>(&client, namespace.as_deref(), TIER_LABEL),
         secrets(context.clone()),
     ]);
     let config = controller::Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE);
@@ -309,16 +346,20 @@ fn secrets(context: Arc<Context>) -> BoxStream<'static, Result<Request, watcher:
     changes.flatten().filter_map(move |key| std::future::ready(request(key))).boxed()
 }
 
-/// The ImCluster of each child of that kind that changes, or goes.
-fn children(
+/// The ImCluster of each child of that kind, with that label, that changes, or goes.
+fn children<K>(
     client: &Client,
     namespace: Option<&str>,
-    kind: &ApiResource,
-) -> BoxStream<'static, Result<Request, watcher::Error>> {
-    let ours = watcher::Config::default().labels(&format!("{MANAGED_SELECTOR},{CLUSTER_LABEL}"));
+    label: &str,
+) -> BoxStream<'static, Result<Request, watcher::Error>>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+{
+    let ours = watcher::Config::default().labels(&format!("{MANAGED_SELECTOR},{label}"));
+    let kind = ApiResource::erase::<K>(&());
     let api: Api<PartialObjectMeta<DynamicObject>> = match namespace {
-        Some(namespace) => Api::namespaced_with(client.clone(), namespace, kind),
-        None => Api::all_with(client.clone(), kind),
+        Some(namespace) => Api::namespaced_with(client.clone(), namespace, &kind),
+        None => Api::all_with(client.clone(), &kind),
     };
     watcher(api, ours)
         .default_backoff()

@@ -1,15 +1,22 @@
 //! First step of a reconcile: what is there. Reads, and nothing else.
 
+use super::CallError;
 use super::accepted::{Accepted, CLUSTER_LABEL, TIER_LABEL};
-use super::children::{Children, SecretNeed, secret_needs};
+use super::children::{Children, SecretNeed, secret_needs, tokens_of};
+use super::members::LINK_TOKEN;
 use super::pods::MemberTemplate;
 use super::secrets::SecretValues;
+use crate::control::ClusterKey;
 use crate::platform::Tier;
 use crate::platform::kubernetes::World;
 use crate::platform::kubernetes::facts::DeploymentFacts;
+use im_crds::ShardMap;
+use im_proto::token::Tokens;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
-use kube::api::{ApiResource, DynamicObject, ListParams};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{ApiResource, DynamicObject, ListParams, Preconditions};
+use kube::core::{DeserializeGuard, PartialObjectMeta};
 use kube::{Api, Resource, ResourceExt};
 use serde::Serialize;
 use serde_json::Value;
@@ -107,32 +114,78 @@ pub struct Observed {
     pub spent: Vec<DeploymentFacts>,
     /// There are Deployments of other templates.
     pub rolling: bool,
-    /// ConfigMaps that nobody is started with any more.
-    pub unused_configs: Vec<String>,
+    /// ConfigMaps that nobody is started with any more, as they were seen.
+    pub unused_configs: Vec<(String, Preconditions)>,
+}
+
+fn reading(what: impl Into<String>) -> impl FnOnce(kube::Error) -> CallError {
+    let what = what.into();
+    move |source| CallError { what, source }
+}
+
+fn unwritable(error: serde_json::Error) -> CallError {
+    CallError { what: "its children".to_owned(), source: kube::Error::SerdeError(error) }
+}
+
+/// Reads a Secret, if it is there.
+async fn secret(api: &Api<Secret>, name: &str) -> Result<Option<Secret>, CallError> {
+    api.get_opt(name).await.map_err(reading(format!("Secret {name}")))
+}
+
+/// What runs of an ImCluster, with the tokens of its members, for who begins to lead it while what is asked for can't be run.
+/// `asked` is what is asked for, where that can be read. `None` = nothing runs, or it can't be led.
+///
+/// # Errors
+/// What the API server says.
+pub async fn what_runs(
+    world: &World,
+    meta: &ObjectMeta,
+    asked: Option<Accepted>,
+) -> Result<Option<(Accepted, Tokens)>, CallError> {
+    let (Some(namespace), Some(name)) = (&meta.namespace, &meta.name) else { return Ok(None) };
+    let Some((gateways, business)) = world.replicas(&ClusterKey(format!("{namespace}/{name}"))) else {
+        return Ok(None);
+    };
+    let client = || world.client().clone();
+    let accepted = match asked {
+        Some(accepted) => accepted,
+        None => {
+            let api: Api<DeserializeGuard<ShardMap>> = Api::namespaced(client(), namespace);
+            let map = api.get_opt(name).await.map_err(reading(format!("ShardMap {name}")))?;
+            let shards = map.and_then(|map| Some(map.0.ok()?.spec.shards));
+            match shards.and_then(|shards| Accepted::stand_in(meta, shards).ok()) {
+                Some(accepted) => accepted,
+                None => return Ok(None),
+            }
+        }
+    };
+    let found = secret(&Api::namespaced(client(), namespace), &accepted.child("tokens")).await?;
+    let tokens = found.and_then(|found| tokens_of(&found, LINK_TOKEN));
+    Ok(tokens.map(|tokens| (accepted.as_it_runs(gateways, business), tokens)))
 }
 
 /// Looks at everything that belongs to that ImCluster, and returns it with what its Secrets hold.
 ///
 /// # Errors
 /// What the API server says.
-pub async fn observe(world: &World, accepted: Accepted) -> Result<(Accepted, Observed), kube::Error> {
+pub async fn observe(world: &World, accepted: Accepted) -> Result<(Accepted, Observed), CallError> {
     let client = world.client();
     let namespace = accepted.namespace().to_owned();
-    let list = Children::new(&accepted, world.surroundings()).into_list().map_err(kube::Error::SerdeError)?;
+    let list = Children::new(&accepted, world.surroundings()).into_list().map_err(unwritable)?;
     let mut children = Vec::with_capacity(list.len());
     for child in list {
         let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &namespace, &child.resource);
-        let live = api.get_opt(&child.name).await?;
+        let live = api.get_opt(&child.name).await.map_err(reading(child.title()))?;
         children.push(Observation { child, live });
     }
 
     let api: Api<Secret> = Api::namespaced(client.clone(), &namespace);
     let version = |secret: &Secret| secret.metadata.resource_version.clone();
-    let tokens = api.get_opt(&accepted.child("tokens")).await?;
+    let tokens = secret(&api, &accepted.child("tokens")).await?;
     let mut secret_versions = BTreeMap::from([(accepted.child("tokens"), tokens.as_ref().and_then(version))]);
     let (mut secrets, mut values) = (Vec::new(), SecretValues::default());
     for need in secret_needs(&accepted) {
-        let found = api.get_opt(&need.name).await?;
+        let found = secret(&api, &need.name).await?;
         secret_versions.insert(need.name.clone(), found.as_ref().and_then(version));
         if let Some(found) = &found {
             values.learn(&need, found);
@@ -142,16 +195,30 @@ pub async fn observe(world: &World, accepted: Accepted) -> Result<(Accepted, Obs
     }
     let accepted = accepted.with_secrets(values);
 
-    let templates = Tier::ALL.map(|tier| MemberTemplate::new(&accepted, world.surroundings(), tier).digest);
-    let (spent, rolling) = world.outdated(&accepted.key(), &templates);
+    let templates = Tier::ALL.map(|tier| MemberTemplate::new(&accepted, world.surroundings(), tier));
+    let digests = templates.each_ref().map(|template| template.digest.clone());
+    let (spent, rolling) = world.outdated(&accepted.key(), &digests);
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
     let ours = format!("{CLUSTER_LABEL}={},{TIER_LABEL}", accepted.name());
-    let configs = api.list_metadata(&ListParams::default().labels(&ours)).await?;
-    let mut used: BTreeSet<String> = world.deployment_names(&accepted.key());
-    used.extend(Tier::ALL.iter().zip(&templates).map(|(tier, template)| accepted.of_template(*tier, template)));
-    used.extend(children.iter().map(|observation| observation.child.name.clone()));
-    let unused = configs.iter().map(ResourceExt::name_any).filter(|name| !used.contains(name));
-    let unused_configs = unused.collect();
+    let configs = api.list_metadata(&ListParams::default().labels(&ours)).await;
+    let configs = configs.map_err(reading("ConfigMaps"))?;
+    let deployments = world.deployment_names(&accepted.key());
+    let mut used: BTreeSet<String> = children.iter().map(|observation| observation.child.name.clone()).collect();
+    for template in &templates {
+        let child = Child::new(&template.config).map_err(unwritable)?;
+        used.insert(child.name.clone());
+        // Somebody deleted it: without it no pod of that Deployment starts. Those of other templates only have pods that go.
+        if deployments.contains(&child.name) && !configs.iter().any(|config| config.name_any() == child.name) {
+            children.push(Observation { child, live: None });
+        }
+    }
+    used.extend(deployments);
+    let unused = configs.iter().filter(|config| !used.contains(&config.name_any()));
+    let as_seen = |config: &PartialObjectMeta<ConfigMap>| {
+        let (uid, resource_version) = (config.uid(), config.resource_version());
+        (config.name_any(), Preconditions { uid, resource_version })
+    };
+    let unused_configs = unused.map(as_seen).collect();
     Ok((accepted, Observed { children, tokens, secrets, secret_versions, spent, rolling, unused_configs }))
 }
 

@@ -5,9 +5,9 @@
 
 use super::accepted::{Accepted, SERVING_LABEL, TEMPLATE_LABEL};
 use super::members::{
-    ADMIN_PORT, BUSINESS_GRACE_S, CONFIG_DIR, CONFIG_FILE, DATA_DIR, JWT_DIR, LINK_PORT, LINK_TOKEN, ONLY_FILE,
-    SERVICE_TOKEN_DIR, STORE_GRACE_S, STORE_PORT, STORE_TOKEN, STORE_URL_DIR, TLS_DIR, TOKENS_DIR, business_config,
-    client_ports, gateway_config, gateway_grace_s, store_config,
+    ADMIN_PORT, BUSINESS_GRACE_S, CONFIG_DIR, CONFIG_FILE, DATA_DIR, JWT_DIR, LINK_PORT, LINK_TOKEN, MAP_HINT_DIR,
+    ONLY_FILE, SERVICE_TOKEN_DIR, STORE_GRACE_S, STORE_PORT, STORE_TOKEN, STORE_URL_DIR, TLS_DIR, TOKENS_DIR,
+    business_config, client_ports, gateway_config, gateway_grace_s, store_config,
 };
 use crate::platform::{Role, Tier};
 use im_crds::{Auth, Embedded, PodSettings, Quantity as Amount, SecretKey, Storage};
@@ -183,6 +183,8 @@ fn member_pod(accepted: &Accepted, surroundings: &Surroundings, tier: Tier) -> P
     let config = format!("--config={CONFIG_DIR}/{CONFIG_FILE}");
     let identity = ["--name=$(POD_NAME)", "--instance=$(POD_UID)", "--advertise=$(POD_IP)"].map(str::to_owned);
     let mut secrets = Secrets::default();
+    secrets.volumes.push(map_hint_volume(&accepted.child("map")));
+    secrets.mounts.push(read_only("map", MAP_HINT_DIR));
     match tier {
         Tier::Gateway => {
             secrets.tokens(accepted, &[LINK_TOKEN]);
@@ -321,6 +323,19 @@ fn config_volume(name: &str) -> Volume {
     Volume {
         name: "config".to_owned(),
         config_map: Some(ConfigMapVolumeSource { name: name.to_owned(), ..ConfigMapVolumeSource::default() }),
+        ..Volume::default()
+    }
+}
+
+/// Optional: there is none before the first leader has a map, and a pod does not wait for it.
+fn map_hint_volume(name: &str) -> Volume {
+    Volume {
+        name: "map".to_owned(),
+        config_map: Some(ConfigMapVolumeSource {
+            name: name.to_owned(),
+            optional: Some(true),
+            ..ConfigMapVolumeSource::default()
+        }),
         ..Volume::default()
     }
 }

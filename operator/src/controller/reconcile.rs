@@ -1,12 +1,13 @@
 //! One look at one ImCluster: observe → decide → act; the status is written by its [`Keeper`].
 
+use super::CallError;
 use super::accepted::Accepted;
 use super::act::{Memory, act, namespace_ends};
 use super::children::tokens_of;
 use super::decide::{Problem, decide};
-use super::keeper::{Keeper, Order, Seen, Shared};
+use super::keeper::{Keeper, Order, Run, Seen, Shared};
 use super::members::LINK_TOKEN;
-use super::observe::observe;
+use super::observe::{observe, what_runs};
 use super::pause_after;
 use super::secrets::{SecretVersions, Version};
 use super::status::Situation;
@@ -36,14 +37,14 @@ const RETRY_LONGEST: Duration = Duration::from_secs(60);
 pub enum ReconcileError {
     /// What is there can't be read.
     #[error("what is there can't be read: {0}")]
-    Observe(#[source] kube::Error),
+    Observe(#[source] CallError),
 }
 
 impl ReconcileError {
     /// For the metric's label.
     pub fn category(&self) -> &'static str {
         match self {
-            Self::Observe(error) => category(error),
+            Self::Observe(error) => category(&error.source),
         }
     }
 }
@@ -73,8 +74,24 @@ pub struct Context {
     memory: Memory,
     keepers: Mutex<HashMap<ClusterKey, Keeper>>,
     secrets: SecretVersions,
+    troubles: Mutex<HashMap<ClusterKey, Trouble>>,
+}
+
+/// What goes wrong with an ImCluster, look by look.
+#[derive(Debug, Default)]
+struct Trouble {
     /// How often in a row something was in the way.
-    troubles: Mutex<HashMap<ClusterKey, u32>>,
+    times: u32,
+    /// How often in a row what is there could not be read.
+    unread: u32,
+}
+
+impl Trouble {
+    /// What is there was read, or once more not; says whether that lasts. One answer that fails is none to tell anybody.
+    fn was_read(&mut self, read: bool) -> bool {
+        self.unread = if read { 0 } else { self.unread.saturating_add(1) };
+        self.unread > 1
+    }
 }
 
 impl Context {
@@ -154,9 +171,13 @@ impl Context {
     /// How long to wait after something was in the way once more.
     fn pause(&self, key: &ClusterKey) -> Duration {
         let mut troubles = self.troubles.lock();
-        let times = troubles.entry(key.clone()).or_default();
-        *times = times.saturating_add(1);
-        pause_after(*times, RETRY_FIRST, RETRY_LONGEST)
+        let trouble = troubles.entry(key.clone()).or_default();
+        trouble.times = trouble.times.saturating_add(1);
+        pause_after(trouble.times, RETRY_FIRST, RETRY_LONGEST)
+    }
+
+    fn was_read(&self, key: &ClusterKey, read: bool) -> bool {
+        self.troubles.lock().entry(key.clone()).or_default().was_read(read)
     }
 }
 
@@ -187,31 +208,55 @@ pub async fn reconcile(
         version: meta.resource_version.clone(),
         status: status.cloned().unwrap_or_default(),
     };
-    let cannot_run = |status, reason, message: String| {
+    let world = &context.shared.world;
+    // What is asked for can't be run, and is told so.
+    let as_before = |status: Option<&ImClusterStatus>, reason, message, found| {
         let problem = Some(Problem { reason, message });
         let situation = Situation { generation, problem, ..Situation::default() };
-        context.order(&key, regarding.clone(), seen(status), Order { situation, run: None });
-        context.shared.metrics.reconciled("refused");
-        Ok(Action::await_change())
+        context.order(&key, regarding.clone(), seen(status), Order { situation, run: Run::AsBefore(found) });
     };
-    let cluster = match &object.0 {
-        Ok(cluster) => cluster,
+    let usable = match &object.0 {
+        Ok(cluster) => Accepted::new(cluster).map(|accepted| (cluster, accepted)).map_err(|violations| {
+            let lines: Vec<String> = violations.iter().map(ToString::to_string).collect();
+            (cluster.status.as_ref(), "InvalidSpec", lines.join("; "))
+        }),
         Err(unreadable) => {
             let message =
                 format!("this operator can't read it: {unreadable}; correct the field, or upgrade the operator");
-            return cannot_run(None, "Unreadable", message);
+            Err((None, "Unreadable", message))
         }
     };
-    let accepted = match Accepted::new(cluster) {
-        Ok(accepted) => accepted,
-        Err(violations) => {
-            let lines: Vec<String> = violations.iter().map(ToString::to_string).collect();
-            return cannot_run(cluster.status.as_ref(), "InvalidSpec", lines.join("; "));
+    let (cluster, accepted) = match usable {
+        Ok(usable) => usable,
+        Err((status, reason, message)) => {
+            let found = what_runs(world, meta, None).await;
+            let action = match &found {
+                Ok(_) => Action::await_change(),
+                Err(error) => {
+                    context.shared.metrics.failed(category(&error.source));
+                    Action::requeue(context.pause(&key))
+                }
+            };
+            as_before(status, reason, message, found.unwrap_or_default());
+            context.shared.metrics.reconciled("refused");
+            return Ok(action);
         }
     };
 
-    let world = &context.shared.world;
-    let (accepted, observed) = observe(world, accepted).await.map_err(ReconcileError::Observe)?;
+    let observed = observe(world, accepted.clone()).await;
+    let lasts = context.was_read(&key, observed.is_ok());
+    let (accepted, observed) = match observed {
+        Ok(observed) => observed,
+        Err(error) => {
+            // Where nobody answers, nobody takes a status either.
+            if lasts && category(&error.source) != "unreachable" {
+                let message = format!("what is there can't be read: {error}; tried again");
+                let found = what_runs(world, meta, Some(accepted)).await.unwrap_or_default();
+                as_before(cluster.status.as_ref(), "CannotRead", message, found);
+            }
+            return Err(ReconcileError::Observe(error));
+        }
+    };
     let rolling = observed.rolling;
     let mut secret_versions = observed.secret_versions.clone();
     let mut tokens = observed.tokens.as_ref().and_then(|secret| tokens_of(secret, LINK_TOKEN));
@@ -250,7 +295,13 @@ pub async fn reconcile(
         situation.held_back = 0;
     }
     let trouble = situation.problem.is_some();
-    let run = if blocked { None } else { tokens.map(|tokens| (accepted, tokens)) };
+    let run = match (tokens, blocked) {
+        (Some(tokens), false) => Run::Asked(accepted, tokens),
+        (tokens, _) => {
+            let running = world.replicas(&key).map(|(gateways, business)| accepted.as_it_runs(gateways, business));
+            Run::AsBefore(running.zip(tokens))
+        }
+    };
     context.saw_secrets(&key, &regarding, secret_versions);
     context.order(&key, regarding, seen(cluster.status.as_ref()), Order { situation, run });
     if trouble {
@@ -267,4 +318,16 @@ pub fn on_error(object: Arc<DeserializeGuard<ImCluster>>, error: &ReconcileError
     context.shared.metrics.failed(error.category());
     context.shared.metrics.reconciled("failed");
     Action::requeue(context.pause(&key_of(&object)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_read_that_fails_is_none_to_tell() {
+        let mut trouble = Trouble::default();
+        let reads = [false, true, false, false, false, true, false];
+        assert_eq!(reads.map(|read| trouble.was_read(read)), [false, false, false, true, true, false, false]);
+    }
 }

@@ -25,12 +25,22 @@ pub struct Situation {
     pub held_back: usize,
 }
 
+/// Reasons that stand until a new leader has looked for long enough to say that they are past.
+const LASTING: [&str; 4] = ["StoreUnreachable", "PrometheusUnreachable", "QueryFails", "MetricsInDoubt"];
+
 /// A condition without its times.
 struct Verdict {
     kind: &'static str,
     status: ConditionStatus,
     reason: String,
     message: String,
+}
+
+impl Verdict {
+    /// Whether it stands for something that is not as it should be.
+    fn is_bad(&self) -> bool {
+        (self.status == ConditionStatus::True) != (self.kind == "Ready")
+    }
 }
 
 fn verdict(kind: &'static str, status: ConditionStatus, reason: &str, message: impl Into<String>) -> Verdict {
@@ -50,9 +60,10 @@ pub fn status(
     now: SystemTime,
 ) -> ImClusterStatus {
     // A status before the first one is empty.
+    let begins = shown.is_some_and(|shown| shown.cluster.is_empty());
     let shown = shown.filter(|shown| !shown.cluster.is_empty());
     // Somebody led before, and knew more than this one does yet.
-    if shown.is_none() && situation.problem.is_none() && previous.shards.total > 0 {
+    if shown.is_none() && (begins || situation.problem.is_none()) && previous.shards.total > 0 {
         return previous.clone();
     }
     let verdicts = [
@@ -64,15 +75,19 @@ pub fn status(
         scaling_limited(shown),
         no_message_lost(shown),
     ];
-    let listens = shown.is_some_and(|shown| shown.shards.hearing);
+    let (listens, young) = shown.map_or((false, false), |shown| (shown.shards.hearing, shown.young));
     let conditions = verdicts.into_iter().map(|verdict| {
         let known = previous.conditions.iter().find(|condition| condition.kind == verdict.kind);
-        if let Some(known) = known
-            && listens
-            && matches!(verdict.kind, "Ready" | "NoMessageLost" | "Degraded")
-            && known.reason != "Starting"
-            && situation.problem.is_none()
-        {
+        let unheard = match verdict.kind {
+            "Ready" | "NoMessageLost" => listens,
+            "Degraded" => listens && situation.problem.is_none(),
+            _ => false,
+        };
+        let stands = |known: &&Condition| {
+            let lasts = young && LASTING.contains(&known.reason.as_str()) && !verdict.is_bad();
+            lasts || (unheard && known.reason != "Starting")
+        };
+        if let Some(known) = known.filter(stands) {
             return Condition { observed_generation: situation.generation, ..known.clone() };
         }
         let since = known.filter(|known| known.status == verdict.status);
@@ -125,6 +140,8 @@ fn ready(situation: &Situation, shown: Option<&control::Status>) -> Verdict {
         no("NoBusinessMember", "no business member serves: nothing can be stored".to_owned())
     } else if shown.tiers.gateway.ready == 0 {
         no("NoGateway", "no gateway serves: no client can connect".to_owned())
+    } else if let Some(away) = shards.store_away.as_ref().filter(|away| away.all) {
+        no("StoreUnreachable", format!("{away}: nothing can be stored"))
     } else if shards.owned < shards.total {
         no("ShardsWithoutOwner", "some shards have no owner that lives: their conversations wait".to_owned())
     } else {
@@ -175,6 +192,9 @@ fn degraded(situation: &Situation, shown: Option<&control::Status>) -> Verdict {
         let message = "over half of the business members fell silent at once: nothing is taken from them for 15 s";
         return yes("MembersSilent", message.to_owned());
     }
+    if let Some(away) = &shown.shards.store_away {
+        return yes("StoreUnreachable", format!("{away}: see the database, and the way to it; tried again"));
+    }
     if let Some(waits) = &shown.shards.waits {
         return yes("StoreRefuses", waits.clone());
     }
@@ -184,6 +204,9 @@ fn degraded(situation: &Situation, shown: Option<&control::Status>) -> Verdict {
     let failing: Vec<&str> = members(shown).filter(failing).map(|member| member.name.as_str()).take(3).collect();
     if !failing.is_empty() {
         return yes("MembersFailing", format!("do not serve, see their pods' events and logs: {}", failing.join(", ")));
+    }
+    if let Some(outage) = &shown.prometheus {
+        return yes(&outage.reason, format!("{}; tried again", outage.message));
     }
     verdict("Degraded", ConditionStatus::False, "AsItShouldBe", "nothing is wrong")
 }
@@ -213,17 +236,20 @@ fn scaling_limited(shown: Option<&control::Status>) -> Verdict {
     let Some(shown) = shown else {
         return verdict("ScalingLimited", ConditionStatus::Unknown, "Starting", "nothing is known yet");
     };
-    let named = |bound: Limit| -> Vec<&str> {
-        [("gateway", &shown.tiers.gateway), ("business", &shown.tiers.business)]
-            .into_iter()
-            .filter(|(_, tier)| tier.limited == Some(bound))
-            .map(|(name, _)| name)
-            .collect()
+    let named = |holds: fn(&control::TierStatus) -> bool| -> Vec<&str> {
+        let tiers = [("gateway", &shown.tiers.gateway), ("business", &shown.tiers.business)];
+        tiers.into_iter().filter(|(_, tier)| holds(tier)).map(|(name, _)| name).collect()
     };
-    let (at_max, at_min) = (named(Limit::Max), named(Limit::Min));
+    let at_max = named(|tier| tier.limited == Some(Limit::Max));
+    let at_min = named(|tier| tier.limited == Some(Limit::Min));
+    let in_doubt = named(|tier| tier.in_doubt);
     if !at_max.is_empty() {
         let message = format!("the load asks for more: raise maxReplicas of {}", at_max.join(" and "));
         verdict("ScalingLimited", ConditionStatus::True, "TooManyReplicas", message)
+    } else if !in_doubt.is_empty() {
+        let tiers = in_doubt.join(" and ");
+        let message = format!("nothing is scaled in: not every metric of {tiers} can be trusted, `because` says why");
+        verdict("ScalingLimited", ConditionStatus::True, "MetricsInDoubt", message)
     } else if !at_min.is_empty() {
         let message = format!("the load asks for fewer than minReplicas of {}", at_min.join(" and "));
         verdict("ScalingLimited", ConditionStatus::True, "TooFewReplicas", message)
@@ -339,6 +365,7 @@ mod tests {
             max: 3,
             because: vec!["Connections: 57 of 100".into()],
             limited: None,
+            in_doubt: false,
             members: vec![member(name, "ready", 1)],
         };
         let mut status = control::Status { cluster: "chat".into(), mode: "Auto".into(), ..control::Status::default() };
@@ -346,6 +373,14 @@ mod tests {
         (status.shards.total, status.shards.owned) = (256, 256);
         status.no_message_lost = control::Verdict { status: "True".into(), reason: "no hole".into() };
         status
+    }
+
+    fn away(all: bool) -> Option<control::StoreAway> {
+        Some(control::StoreAway { members: vec!["b".into()], all })
+    }
+
+    fn outage() -> Option<control::Outage> {
+        Some(control::Outage { reason: "PrometheusUnreachable".into(), message: "Prometheus did not answer".into() })
     }
 
     fn at(seconds: u64) -> SystemTime {
@@ -375,7 +410,15 @@ mod tests {
     fn every_state_has_its_conditions() {
         assert_eq!(words(&of(&Situation::default(), Some(&good()))), GOOD);
         type Change = fn(&mut control::Status);
-        let cases: [(Change, &[&str]); 14] = [
+        let cases: [(Change, &[&str]); 19] = [
+            (|s| s.shards.store_away = away(false), &["Degraded=True StoreUnreachable"]),
+            (|s| s.shards.store_away = away(true), &["Ready=False StoreUnreachable", "Degraded=True StoreUnreachable"]),
+            (|s| s.prometheus = outage(), &["Degraded=True PrometheusUnreachable"]),
+            (|s| s.tiers.gateway.in_doubt = true, &["ScalingLimited=True MetricsInDoubt"]),
+            (
+                |s| (s.tiers.business.in_doubt, s.tiers.gateway.limited) = (true, Some(Limit::Max)),
+                &["ScalingLimited=True TooManyReplicas"],
+            ),
             (|s| s.shards.waits = Some("the store refuses".into()), &["Degraded=True StoreRefuses"]),
             (|s| s.shards.stale_approval = Some("it changed".into()), &["Progressing=False ApprovalStale"]),
             (|s| s.tiers.gateway.ready = 0, &["Ready=False NoGateway", "Progressing=True Scaling"]),
@@ -442,6 +485,34 @@ mod tests {
     }
 
     #[test]
+    fn what_lasts_stands_until_a_new_leader_can_say_that_it_is_past() {
+        let mut bad = good();
+        (bad.shards.store_away, bad.tiers.gateway.in_doubt) = (away(true), true);
+        let first = status(&ImClusterStatus::default(), &Situation::default(), Some(&bad), at(1));
+        let mut new = control::Status { young: true, ..good() };
+        let words_of = |shown: &control::Status| words(&status(&first, &Situation::default(), Some(shown), at(2)));
+        assert_eq!(words_of(&new), words(&first));
+        new.tiers.gateway.ready = 0;
+        assert_eq!(words_of(&new)[0], "Ready=False NoGateway", "something else is wrong");
+        assert_eq!(words_of(&good()), GOOD);
+    }
+
+    #[test]
+    fn a_problem_changes_nothing_that_a_new_leader_does_not_know_yet() {
+        let first = status(&ImClusterStatus::default(), &Situation::default(), Some(&good()), at(1));
+        let problem = Problem { reason: "SecretMissing", message: "there is no Secret x: create it".into() };
+        let situation = Situation { problem: Some(problem), ..Situation::default() };
+        let begins = control::Status::default();
+        assert_eq!(status(&first, &situation, Some(&begins), at(2)), first);
+        let mut listening = good();
+        (listening.shards.hearing, listening.tiers.business.ready) = (true, 0);
+        let words = words(&status(&first, &situation, Some(&listening), at(3)));
+        assert_eq!((words[0].as_str(), words[2].as_str()), (GOOD[0], "Degraded=True SecretMissing"));
+        let nobody = status(&first, &situation, None, at(4));
+        assert_eq!(nobody.conditions[0].reason, "SecretMissing", "nobody leads");
+    }
+
+    #[test]
     fn a_drain_shows_how_far_it_is() {
         let drain = |held_at_start, held, seconds_left| {
             let mut shown = good();
@@ -473,7 +544,10 @@ mod tests {
         for change in same {
             assert!(!is_news(&first, &shown(change)));
         }
-        let news: [fn(&mut control::Status); 5] = [
+        let news: [fn(&mut control::Status); 8] = [
+            |s| s.prometheus = outage(),
+            |s| s.shards.store_away = away(false),
+            |s| s.tiers.gateway.in_doubt = true,
             |s| s.tiers.gateway.desired = 2,
             |s| s.tiers.gateway.members[0].state = "silent".into(),
             |s| s.shards.moving = 1,

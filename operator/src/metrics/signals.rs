@@ -112,6 +112,11 @@ impl Signals {
         }
     }
 
+    /// What Prometheus did not answer in the last round, if there is something; of several the first.
+    pub fn failing(&self) -> Option<&PrometheusError> {
+        self.failing_gauges.values().chain(self.failing_queries.values()).map(|failure| &failure.error).next()
+    }
+
     /// What is known of one metric of a tier with these members, of which each has `cores` set aside for it: that is 100 % of
     /// CPU utilization.
     pub fn reading(&self, tier: Tier, members: &[Member], metric: &Metric, cores: f64) -> Reading {
@@ -261,13 +266,14 @@ mod tests {
                 reading.origin, "scraped directly: Prometheus did not answer within 3 s, since 9:02",
                 "since its first failure"
             );
+            assert_eq!(signals.failing(), Some(&PrometheusError::Timeout));
         }
         absorb(
             &mut signals,
             "9:04",
             round(140, Some(answers(&[("g-1", aged(7.0, 1)), ("g-2", aged(8.0, 1))], None)), &[]),
         );
-        assert_eq!(read(&signals).origin, "from Prometheus");
+        assert_eq!((read(&signals).origin.as_str(), signals.failing()), ("from Prometheus", None));
         absorb(&mut signals, "9:05", round(150, None, &[("g-1", 5.0)]));
         assert_eq!(read(&signals).origin, "scraped directly");
     }

@@ -5,6 +5,7 @@ pub mod process;
 
 use crate::shards::ShardMap;
 use im_crds::{ImCluster, Scaling, SecretKey, ShardMapSpec};
+use im_proto::control as wire;
 use im_proto::ids::MemberId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -298,4 +299,8 @@ pub trait Platform: Send + Sync + 'static {
     /// # Errors
     /// [`PlatformError::Outranked`] if somebody else stored one since.
     fn save_map(&self, map: &StoredMap) -> impl Future<Output = Result<(), PlatformError>> + Send;
+
+    /// Lays a copy of the map where members that start find it, whether anybody leads by then or not
+    /// (see [`im_proto::map_hint`]).
+    fn publish_map(&self, map: &wire::Map) -> impl Future<Output = Result<(), PlatformError>> + Send;
 }

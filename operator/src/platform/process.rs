@@ -6,6 +6,7 @@ use super::{Platform, PlatformError, ProcessState, StoredMap, Tier, View};
 use crate::control::ClusterKey;
 use crate::up::data_dir::{DataDir, Secrets, write_atomically};
 use im_crds::{Auth, ImCluster, ImClusterSpec, Storage};
+use im_proto::{control as wire, map_hint};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -181,16 +182,15 @@ impl ProcessPlatform {
     }
 
     fn config(&self, cluster: &ImCluster, tier: Tier, name: &str) -> Result<Value, PlatformError> {
-        match tier {
-            Tier::Gateway => Ok(gateway_config(cluster, name, &self.control, &self.secrets, &self.base)),
-            Tier::Business => {
-                let mut config = business_config(cluster, name, &self.control, &self.store, &self.secrets, &self.base)?;
-                if self.fail_points {
-                    config["failPoints"] = json!(true);
-                }
-                Ok(config)
-            }
+        let mut config = match tier {
+            Tier::Gateway => gateway_config(cluster, name, &self.control, &self.secrets, &self.base),
+            Tier::Business => business_config(cluster, name, &self.control, &self.store, &self.secrets, &self.base)?,
+        };
+        config["mapHintFile"] = json!(self.data.map_hint());
+        if self.fail_points && tier == Tier::Business {
+            config["failPoints"] = json!(true);
         }
+        Ok(config)
     }
 }
 
@@ -259,6 +259,12 @@ impl Platform for ProcessPlatform {
         let (path, bytes) = (self.map_file.clone(), serde_json::to_vec(map).map_err(std::io::Error::other)?);
         let written = tokio::task::spawn_blocking(move || write_atomically(&path, &bytes)).await;
         written.map_err(std::io::Error::other)?.map_err(|error| at(&self.map_file, &error))
+    }
+
+    async fn publish_map(&self, map: &wire::Map) -> Result<(), PlatformError> {
+        let (path, bytes) = (self.data.map_hint(), map_hint::encode(map));
+        let written = tokio::task::spawn_blocking(move || write_atomically(&path, &bytes)).await;
+        written.map_err(std::io::Error::other)?.map_err(|error| at(&self.data.map_hint(), &error))
     }
 }
 
@@ -396,7 +402,6 @@ fn business_config(
         "store": store,
         "storeToken": secrets.store_token,
         "linkToken": secrets.link_token,
-        "dedupWindowSeconds": cluster.spec.messages.dedup_window.duration().as_secs(),
         "payloadMax": cluster.spec.messages.max_payload,
         "terminationGraceSeconds": STOP_GRACE.as_secs(),
     });
@@ -451,7 +456,6 @@ mod tests {
         assert_eq!(of("{auth: {insecure: {}}}").expect("embedded")["store"], "grpc://127.0.0.1:9");
         let url = of("{auth: {insecure: {}}, storage: {postgres: {url: 'postgres://u@h/d'}}}").expect("url");
         assert_eq!(url["store"], "postgres://u@h/d");
-        assert_eq!(url["dedupWindowSeconds"], 604_800);
         let absent = of("{auth: {insecure: {}}, storage: {postgres: {urlFile: pg}}}").expect_err("no such file");
         assert!(absent.to_string().starts_with("/nowhere/pg: "), "{absent}");
     }

@@ -785,8 +785,6 @@ pub struct MemberSnapshot {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::expect_used, reason = "a test's own expectations")]
-
     use super::super::planner::plan;
     use super::*;
 

@@ -495,8 +495,6 @@ fn make_room(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::expect_used, reason = "a test's own expectations")]
-
     use super::*;
     use proptest::prelude::*;
     use std::time::Instant;

@@ -2,8 +2,6 @@
 //! commands, messages that get lost, late or doubled, crashes, restarts, stopped processes, members cut off from the
 //! store, and new leaders with an old map. A failing seed replays.
 
-#![allow(clippy::expect_used, reason = "a test's own expectations")]
-
 use super::map::{Ownership, Shard, ShardMap};
 use super::moves::{Action, Coordinator, Event, Timing};
 use super::planner::plan;

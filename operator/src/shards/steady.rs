@@ -1,8 +1,6 @@
 //! Constant traffic in virtual time: messages come at random, members average them as they do in life, a plan is made each
 //! second and run. Once the load is spread nothing may move any more.
 
-#![allow(clippy::expect_used, reason = "a test's own expectations")]
-
 use super::map::{Shard, ShardMap};
 use super::moves::{Action, Coordinator, Event, Timing};
 use super::planner::plan;

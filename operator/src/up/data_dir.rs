@@ -163,11 +163,6 @@ impl DataDir {
         &self.root
     }
 
-    /// The list of who runs.
-    pub fn members_json(&self) -> PathBuf {
-        self.root.join("members.json")
-    }
-
     /// The embedded store's directory.
     pub fn store(&self) -> PathBuf {
         self.root.join("store")
@@ -196,6 +191,11 @@ impl DataDir {
     /// The shard map.
     pub fn shard_map(&self) -> PathBuf {
         self.root.join("run/shardmap.json")
+    }
+
+    /// The copy of the shard map that members begin with.
+    pub fn map_hint(&self) -> PathBuf {
+        self.root.join("run/map-hint")
     }
 
     /// The configuration that a member is started with.

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::Xxh3;
 
 /// Bytes of each of the two files.
-pub(super) const FILE_BYTES: u64 = 8 << 20;
+pub(super) const FILE_BYTES: u64 = 12 << 20;
 const HEADER_BYTES: usize = 20;
 
 /// A record as found.
@@ -86,6 +86,11 @@ impl Journal {
     /// Whether a payload of this length fits into the file at hand.
     pub(super) fn has_room(&self, payload: usize) -> bool {
         self.files[self.current].end + (HEADER_BYTES + payload) as u64 <= FILE_BYTES
+    }
+
+    /// Whether it is time to go on in the other file: what is left of this one is for the while that the other is not free yet.
+    pub(super) fn is_half_full(&self) -> bool {
+        self.files[self.current].end > FILE_BYTES / 2
     }
 
     /// Goes on in the other file if all of its records are durable elsewhere, that is up to `durable`.
@@ -180,8 +185,6 @@ fn named(store: &Path, ending: &str) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::expect_used, reason = "a test's own expectations")]
-
     use proptest::prelude::*;
 
     use super::*;

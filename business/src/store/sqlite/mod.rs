@@ -2,7 +2,7 @@
 //!
 //! One thread writes. It takes all requests that wait, applies them in their order to a SQLite transaction that stays open, appends
 //! them to the journal with one fdatasync, and then answers them all: group commit, whose group is what arrived during the sync before.
-//! Twice a second the transaction is committed (WAL, synchronous=NORMAL). A message touches a leaf of the log and of each of its two
+//! Every five seconds the transaction is committed (WAL, synchronous=NORMAL). A message touches a leaf of the log and of each of its two
 //! indexes; in transactions of thousands of rows most leaves are touched again and again and written once, and that is most of what a
 //! durable message costs.
 //!
@@ -38,12 +38,12 @@ use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::{mpsc, oneshot};
 
-use self::tables::{ENTRY, Tables, entry, id, int, row_of_shard, shard_row, tail};
+use self::tables::{ENTRY, Tables, entry, id, int, row_of_shard, shard_row};
 use self::unflushed::{Concern, Unflushed};
 use self::writer::{Pending, Reply, Syncer, Write, Writer};
 use super::{
-    ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, HOLES_MAX, LogEntry, LogRange, OpenError, Outcome,
-    POS_MAX, Released, ShardBatch, ShardRow, Store, StoreError, Tail, claimable, hole_text, prefix_end,
+    ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, LogEntry, LogRange, OpenError, Outcome, POS_MAX,
+    Released, ScrubAt, Scrubbed, ShardBatch, ShardRow, Store, StoreError, claimable, prefix_end, scrub_limit, scrubbed,
 };
 
 /// Write requests that may wait; whoever comes next waits to hand his in.
@@ -52,6 +52,9 @@ const WRITES_WAITING_MAX: usize = 1024;
 const READS_WAITING_MAX: usize = 1024;
 /// Connections that read.
 const READERS: usize = 4;
+/// Pages that a connection keeps, KiB. The writer's are those that the open transaction changed, and what it changes again and again.
+const READER_CACHE_KIB: i32 = 8 << 10;
+const WRITER_CACHE_KIB: i32 = 64 << 10;
 /// Additive steps; the number of those done is in `meta`.
 const MIGRATIONS: [&str; 1] = ["
     CREATE TABLE shard (
@@ -126,6 +129,7 @@ impl Sqlite {
         let unflushed = Arc::new(Unflushed::default());
         let syncer = Syncer::new(connect(path).map_err(|e| failed(&e))?, path).map_err(|e| failed(&e))?;
         let (writes, requests) = mpsc::channel(WRITES_WAITING_MAX);
+        connection.pragma_update(None, "cache_size", -WRITER_CACHE_KIB).map_err(|e| failed(&e))?;
         let tables = Tables::new(connection, unflushed.clone());
         let writer = Writer::open(path, tables, requests, &syncer, lock).map_err(|e| failed(&e))?;
         // The names of the new files must be as durable as what is in them.
@@ -315,8 +319,8 @@ impl Store for Sqlite {
         }))
     }
 
-    fn scrub(&self, shard: u32) -> Answer<'_, Vec<String>> {
-        Box::pin(self.read(Concern::Log(shard), move |c| scrub(c, shard)))
+    fn scrub(&self, shard: u32, after: ScrubAt, limit: u32) -> Answer<'_, Scrubbed> {
+        Box::pin(self.read(Concern::Log(shard), move |c| scrub(c, shard, after, limit)))
     }
 }
 
@@ -358,34 +362,21 @@ fn within<T>(
     Ok(taken)
 }
 
-fn scrub(c: &Connection, shard: u32) -> rusqlite::Result<Vec<String>> {
-    let base = id(shard, 0);
-    let mut holes = Vec::new();
-    let mut positions = c.prepare_cached(
-        "SELECT before, pos FROM (SELECT id - ?1 AS pos, lag(id - ?1, 1, 0) OVER (ORDER BY id) AS before
-                                  FROM log WHERE id > ?1 AND id <= ?2) WHERE pos <> before + 1 ORDER BY pos LIMIT ?3",
+fn scrub(c: &Connection, shard: u32, after: ScrubAt, limit: u32) -> rusqlite::Result<Scrubbed> {
+    let mut watermark = c.prepare_cached("SELECT watermark FROM shard WHERE shard = ?1")?;
+    let watermark = watermark.query_row([shard], |row| row.get::<_, i64>(0)).optional()?.unwrap_or(0);
+    let mut select = c.prepare_cached("SELECT id - ?1 FROM log WHERE id > ?2 AND id <= ?3 ORDER BY id LIMIT ?4")?;
+    let behind = params![id(shard, 0), id(shard, after.pos), id(shard, POS_MAX), scrub_limit(limit)];
+    let positions: Vec<u64> =
+        select.query_map(behind, |row| Ok(row.get::<_, i64>(0)? as u64))?.collect::<Result<_, _>>()?;
+    let mut select = c.prepare_cached(
+        "SELECT conversation, seq FROM log WHERE shard = ?1 AND (conversation, seq) > (?2, ?3)
+         ORDER BY conversation, seq LIMIT ?4",
     )?;
-    let mut rows = positions.query(params![base, id(shard, POS_MAX), HOLES_MAX as u32])?;
-    while let Some(row) = rows.next()? {
-        holes.push(hole_text(shard, "pos", row.get::<_, i64>(0)? as u64, row.get::<_, i64>(1)? as u64));
-    }
-    let mut seqs = c.prepare_cached(
-        "SELECT conversation, before, seq
-         FROM (SELECT conversation, seq, lag(seq, 1, 0) OVER (PARTITION BY conversation ORDER BY seq) AS before
-               FROM log WHERE shard = ?1) WHERE seq <> before + 1 ORDER BY conversation, seq LIMIT ?2",
-    )?;
-    let mut rows = seqs.query(params![shard, HOLES_MAX as u32])?;
-    while let Some(row) = rows.next()? {
-        let what = format!("conversation {}: seq", row.get_ref(0)?.as_str()?);
-        holes.push(hole_text(shard, &what, row.get::<_, i64>(1)? as u64, row.get::<_, i64>(2)? as u64));
-    }
-    if let Some(Tail { head_pos, watermark, .. }) = tail(c, shard, 0).optional()?
-        && watermark > head_pos
-    {
-        holes.push(hole_text(shard, "pos", head_pos, watermark + 1));
-    }
-    holes.truncate(HOLES_MAX);
-    Ok(holes)
+    let behind = params![shard, after.conversation, int(after.seq), scrub_limit(limit)];
+    let place = |row: &Row<'_>| Ok((row.get_ref(0)?.as_str()?.into(), row.get::<_, i64>(1)? as u64));
+    let seqs = select.query_map(behind, place)?.collect::<Result<_, _>>()?;
+    Ok(scrubbed(shard, after, limit, watermark as u64, &positions, seqs))
 }
 
 /// Takes the file for this process. (SQLite's own exclusive mode would keep our readers out too.)
@@ -408,7 +399,7 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     // The journal is what makes writes durable; see `Syncer`.
     connection.pragma_update(None, "synchronous", "NORMAL")?;
     connection.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(()))?;
-    connection.pragma_update(None, "cache_size", -16 * 1024)?;
+    connection.pragma_update(None, "cache_size", -READER_CACHE_KIB)?;
     connection.pragma_update(None, "temp_store", "MEMORY")?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)

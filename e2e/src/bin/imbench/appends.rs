@@ -40,7 +40,7 @@ pub async fn sqlite(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
     let config = folder.join("store.json");
     let data = folder.join("store");
     std::fs::write(&config, json!({"name": "store", "listen": store, "dataDir": data}).to_string())?;
-    let member = bench.start("im-business", &["store", "--config", &config.to_string_lossy()], &folder)?;
+    let member = bench.start_recording("im-business", &["store", "--config", &config.to_string_lossy()], &folder)?;
     listens(store).await?;
     let per_second = measure(bench, &folder, &format!("grpc://{store}"), seconds).await?;
     end(member).await?;
@@ -90,7 +90,7 @@ async fn measure(bench: &Bench, folder: &std::path::Path, store: &str, seconds: 
     let listen = json!({"address": "127.0.0.1:0"});
     let text = json!({"name": "business-0", "control": [address], "link": listen, "admin": listen, "store": store});
     std::fs::write(&config, text.to_string())?;
-    let member = bench.start("im-business", &["serve", "--config", &config.to_string_lossy()], folder)?;
+    let member = bench.start_recording("im-business", &["serve", "--config", &config.to_string_lossy()], folder)?;
     let hello = timeout(Duration::from_secs(20), hello.wait_for(Option::is_some)).await;
     let hello: control::Hello =
         hello.map_err(|_| "the business member does not say Hello")??.clone().ok_or("no Hello")?;

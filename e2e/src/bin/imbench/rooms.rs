@@ -29,8 +29,8 @@ const PEER_RATE: f64 = 40.0;
 const COALESCE_MS: [u32; 2] = [5, 25];
 const COST_TIME: Duration = Duration::from_secs(5);
 const HALF_TIME: Duration = Duration::from_secs(3);
-/// Allocators keep what logins needed for a while: ten seconds by jemalloc's defaults.
-const ALLOCATOR_PAUSE: Duration = Duration::from_secs(12);
+/// Allocators keep what logins needed for a while: ten seconds by jemalloc's defaults, and its own thread looks after them now and then.
+const ALLOCATOR_PAUSE: Duration = Duration::from_secs(20);
 const LOGINS_AT_A_TIME: usize = 32;
 const PAUSE: Duration = Duration::from_secs(2);
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
@@ -47,13 +47,12 @@ pub async fn rates(bench: &Bench, table: &mut Table) -> Outcome {
         let (cluster, _) = start(bench, COALESCE_MS[0]).await?;
         let mut crowd = Crowd::enter(cluster.mqtt, VIEWERS).await?;
         let ours = crowd.highest_rate().await?;
-        let mut halves = Vec::new();
-        for _ in 0..3 {
-            halves.push(crowd.step(ours.rate / 2.0, HALF_TIME).await?);
-        }
-        halves.sort_by(|one, other| one.p99_ms.total_cmp(&other.p99_ms));
+        let half = at_half(&mut crowd, ours).await?;
         drop(crowd);
         cluster.stop().await?;
+        let bare = BareLoop::start(VIEWERS, Duration::from_millis(5)).await?;
+        let bare_half = at_half(&mut Crowd::enter(bare.address, VIEWERS).await?, ours).await?;
+        bare.stop()?;
         compare(table, ours, "bare loop, at most every 5 ms", limit, Wanted::Shown);
         for (peer, wanted) in [("mosquitto", 8.0), ("nats-server", 2.0), ("mochi", 1.0)] {
             match Peer::start(peer, bench).await {
@@ -65,12 +64,24 @@ pub async fn rates(bench: &Bench, table: &mut Table) -> Outcome {
                 Err(error) => println!("without {peer}: {error}"),
             }
         }
-        let Step { p99_ms, p99_least_ms, .. } = halves[1];
-        table.add("delivery p99 at half of our rate", "ms", p99_ms, "the promise", 10.0, Wanted::AtMost(1.0));
+        let Step { p99_ms, p99_least_ms, .. } = half;
+        let name = "delivery p99 at half of our rate";
+        table.add(name, "ms", p99_ms, "the promise", 10.0, Wanted::AtMost(1.0));
+        table.add(name, "ms", p99_ms, "bare loop at that rate", bare_half.p99_ms, Wanted::Shown);
         table.add("… at least: the rest is the reader's lag", "ms", p99_least_ms, "at most", p99_ms, Wanted::Shown);
         Ok(())
     })
     .await
+}
+
+/// The median of three steps at half of the highest rate.
+async fn at_half(crowd: &mut Crowd, highest: Highest) -> Outcome<Step> {
+    let mut halves = Vec::new();
+    for _ in 0..3 {
+        halves.push(crowd.step(highest.rate / 2.0, HALF_TIME).await?);
+    }
+    halves.sort_by(|one, other| one.p99_ms.total_cmp(&other.p99_ms));
+    Ok(halves[1])
 }
 
 fn compare(table: &mut Table, ours: Highest, name: &str, theirs: Highest, wanted: Wanted) {
@@ -201,17 +212,23 @@ async fn resident_per_connection(server: std::net::SocketAddr, pid: u32, connect
     Ok([per_connection(without - before), per_connection(resident_kib(pid) - without)])
 }
 
-/// 200,000 likes per second into one counter.
+/// 200,000 likes per second of a room's viewers into one counter.
 ///
 /// # Errors
 /// What could not be started or did not answer.
 pub async fn likes(bench: &Bench, table: &mut Table) -> Outcome {
+    beside_servers(count_likes(bench, table)).await
+}
+
+async fn count_likes(bench: &Bench, table: &mut Table) -> Outcome {
     const FANS: usize = 1_000;
     const PER_FAN: usize = 1_000;
     let cluster = Cluster::start(bench, "likes", 1).await?;
+    let gateway = cluster.members_of("gateway")?.first().ok_or("no gateway runs")?.pid;
+    give_servers_processor(gateway).await?;
     let mut fans = Vec::new();
     for number in 0..FANS {
-        let stream = audience::enter(cluster.mqtt, &format!("fan{number}"), None, None).await?;
+        let stream = audience::enter(cluster.mqtt, &format!("fan{number}"), None, Some("r/loved")).await?;
         fans.push(TcpStream::from_std(stream)?);
     }
     let topic = "r/loved/like";
@@ -250,8 +267,8 @@ pub async fn likes(bench: &Bench, table: &mut Table) -> Outcome {
         sleep(Duration::from_millis(50)).await;
     }
     let writes = (commits().await? - before) / begun.elapsed().as_secs_f64();
-    let name = format!("likes counted, at {:.0}/s", sent as f64 / seconds);
-    table.add(name, "", total().await? as f64, "likes sent", sent as f64, Wanted::Shown);
+    let name = format!("likes miscounted, at {:.0}/s", sent as f64 / seconds);
+    table.add(name, "", total().await?.abs_diff(sent) as f64, "likes sent", sent as f64, Wanted::AtMost(0.0));
     table.add("store writes for them", "/s", writes, "the promise", 2.0, Wanted::AtMost(1.0));
     cluster.stop().await
 }

@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use im_e2e::api::Api;
+pub use im_e2e::machine::{cpu_seconds, cpu_seconds_of_thread, resident_kib};
 use im_e2e::view::Member;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -52,11 +53,20 @@ impl Bench {
         Ok(folder)
     }
 
-    /// Starts a program of ours; it ends with the handle. Its log goes to a file of `folder`, which [`recorded_transactions`] reads.
+    /// Starts a program of ours; it ends with the handle. Its log goes to a file of `folder`.
     pub fn start(&self, name: &str, arguments: &[&str], folder: &Path) -> Outcome<Child> {
+        self.start_logging("info", name, arguments, folder)
+    }
+
+    /// The same, with a log of which [`recorded_transactions`] reads what the store did.
+    pub fn start_recording(&self, name: &str, arguments: &[&str], folder: &Path) -> Outcome<Child> {
+        self.start_logging(&format!("info,{TRANSACTIONS}=trace"), name, arguments, folder)
+    }
+
+    fn start_logging(&self, filter: &str, name: &str, arguments: &[&str], folder: &Path) -> Outcome<Child> {
         let log = fs::File::create(folder.join(format!("{name}-{}.log", arguments.first().unwrap_or(&""))))?;
         let mut command = Command::new(self.programs.join(name));
-        command.args(arguments).env("RUST_LOG", format!("info,{TRANSACTIONS}=trace"));
+        command.args(arguments).env("RUST_LOG", filter);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true);
         Ok(command.spawn()?)
     }
@@ -346,29 +356,4 @@ pub fn recorded_transactions(log: &Path) -> Outcome<Vec<usize>> {
     } else {
         Ok(transactions)
     }
-}
-
-/// User and system time that a process used.
-pub fn cpu_seconds(pid: u32) -> f64 {
-    cpu_seconds_in(&format!("/proc/{pid}/stat"))
-}
-
-/// User and system time that a thread of this process used.
-pub fn cpu_seconds_of_thread(id: u32) -> f64 {
-    cpu_seconds_in(&format!("/proc/self/task/{id}/stat"))
-}
-
-fn cpu_seconds_in(path: &str) -> f64 {
-    let stat = fs::read_to_string(path).unwrap_or_default();
-    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    // Fields 14 and 15, in hundredths of a second on Linux.
-    let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
-    ticks as f64 / 100.0
-}
-
-/// Resident memory of a process, KiB.
-pub fn resident_kib(pid: u32) -> f64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
-    line.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or(0.0)
 }

@@ -8,10 +8,11 @@ mod heard;
 mod rounds;
 mod show;
 
+use super::lasting::Lasting;
 use super::proposal::{Change, Proposals};
 use super::scaling::{Scaler, Wanted};
 use super::service::{Incoming, Outbox, StreamId};
-use super::status::{EVENTS_MAX, Event as Happening, Status, rfc3339};
+use super::status::{EVENTS_MAX, Event as Happening, Outage, Status, StoreAway, rfc3339};
 use super::tiers::{Pace, Strain};
 use super::{ClusterKey, ControlError};
 use crate::metrics::round::Connector;
@@ -42,6 +43,8 @@ const SHOW_INTERVAL: Duration = Duration::from_millis(200);
 const ROUND_INTERVAL: Duration = Duration::from_secs(1);
 /// Between two writes of the map.
 const SAVE_INTERVAL: Duration = Duration::from_secs(1);
+/// Between two copies of the map for members that start.
+const PUBLISH_INTERVAL: Duration = Duration::from_secs(5);
 /// The platform does one thing within that time, or it is tried again.
 const PLATFORM_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -134,6 +137,8 @@ struct TierState {
     template: String,
     scaler: Scaler,
     wanted: Wanted,
+    /// Some metric can't be trusted.
+    doubt: Lasting<()>,
     leaving: BTreeMap<String, Leaving>,
     /// Since when each member that does not serve does not.
     absent: BTreeMap<String, Duration>,
@@ -185,6 +190,8 @@ enum Done {
     Spread { name: String, instance: String, serving: bool, outcome: Result<(), PlatformError> },
     /// The map of a term was stored.
     Saved { term: u64, outcome: Result<(), PlatformError> },
+    /// The copy of the map was laid out for members that start.
+    Published { outcome: Result<(), PlatformError> },
     /// A member's addresses are known.
     Described,
     /// A round of measuring ended.
@@ -226,6 +233,9 @@ pub struct Leader<P> {
     stale_approval: Option<String>,
     /// Why planned moves wait.
     waits: Option<String>,
+    /// What of the store and of Prometheus is away.
+    store_away: Lasting<StoreAway>,
+    prometheus: Lasting<Outage>,
     /// When a gateway began to serve last: connections are levelled for a while after that.
     gateway_came: Duration,
     map_changed: bool,
@@ -236,6 +246,10 @@ pub struct Leader<P> {
     saving: bool,
     /// When a map was stored last, the first one of this leader aside.
     save_began: Option<Instant>,
+    /// The copy of the map that was laid out last; `None`: to be laid out.
+    published: Option<wire::Map>,
+    publishing: bool,
+    publish_began: Option<Instant>,
     /// What the platform does meanwhile.
     tasks: JoinSet<Done>,
     round_due: bool,
@@ -298,6 +312,8 @@ impl<P: Platform> Leader<P> {
             proposals: Proposals::default(),
             stale_approval: None,
             waits: None,
+            store_away: Lasting::default(),
+            prometheus: Lasting::default(),
             gateway_came: Duration::ZERO,
             // What was stored is the best there is until the members were heard.
             map_changed: true,
@@ -306,6 +322,9 @@ impl<P: Platform> Leader<P> {
             unsaved: false,
             saving: false,
             save_began: None,
+            published: None,
+            publishing: false,
+            publish_began: None,
             tasks: JoinSet::new(),
             round_due: true,
             happenings: VecDeque::new(),
@@ -348,6 +367,7 @@ impl<P: Platform> Leader<P> {
                     }
                     self.end_hearing();
                     self.save();
+                    self.publish();
                     if shown.elapsed() >= SHOW_INTERVAL {
                         shown = Instant::now();
                         self.show();
@@ -473,6 +493,15 @@ impl<P: Platform> Leader<P> {
                     }
                 }
             }
+            Ok(Done::Published { outcome }) => {
+                self.publishing = false;
+                if let Err(error) = outcome {
+                    self.published = None;
+                    tracing::warn!(
+                        "the copy of the shard map for members that start can't be written: {error}; tried again"
+                    );
+                }
+            }
             Ok(Done::Described) => {}
             Ok(Done::Measured { round, connector }) => self.on_measured(round, connector),
             // Cancelled only with the loop itself; a panic is a fault of ours that must not go unseen.
@@ -581,6 +610,22 @@ impl<P: Platform> Leader<P> {
         (self.unsaved, self.saving, self.save_began) = (false, true, Some(Instant::now()));
         let (platform, stored, term) = (self.platform.clone(), self.stored_map(), self.coordinator.version().term);
         self.tasks.spawn(async move { Done::Saved { term, outcome: within(platform.save_map(&stored)).await } });
+    }
+
+    /// Lays a copy of the map out for members that start while nobody leads, now and then: it is a hint, and may be a little old.
+    fn publish(&mut self) {
+        if self.publishing || self.hears() || self.publish_began.is_some_and(|began| began.elapsed() < PUBLISH_INTERVAL)
+        {
+            return;
+        }
+        self.publish_began = Some(Instant::now());
+        let map = wire::Map { number: 0, ..self.wire_map() };
+        if self.published.as_ref() != Some(&map) {
+            self.publishing = true;
+            self.published = Some(map.clone());
+            let platform = self.platform.clone();
+            self.tasks.spawn(async move { Done::Published { outcome: within(platform.publish_map(&map)).await } });
+        }
     }
 
     fn key(&self) -> ClusterKey {

@@ -2,9 +2,9 @@
 
 use super::super::proposal::{APPROVE_ANNOTATION, Change, Content, Verdict};
 use super::super::scaling::{Observed, clock};
-use super::super::status::rfc3339;
+use super::super::status::{Outage, StoreAway, rfc3339};
 use super::super::tiers::{Stage, Step, TierMember, next_steps};
-use super::{Acts, Done, Leader, Leaving, Link, Order, within};
+use super::{Acts, Done, HEARD_WITHIN, Leader, Leaving, Link, Order, within};
 use crate::autoscale::{Member, MemberState};
 use crate::metrics::round::{Answers, Connector};
 use crate::metrics::{Endpoint, Request, Round, Target, measure};
@@ -36,6 +36,7 @@ impl<P: Platform> Leader<P> {
         }
         self.note_refusals();
         let snapshot = self.coordinator.snapshot(now);
+        self.note_outages(&snapshot);
         let acts = self.acts();
         let mut changes = Vec::new();
         for tier in Tier::ALL {
@@ -54,12 +55,17 @@ impl<P: Platform> Leader<P> {
         self.note_empty(tier, snapshot);
         let members = self.tier_members(tier, snapshot);
         let ordered = self.view.ordered.of(tier);
+        let rolling = members.iter().any(|member| member.outdated && member.is_to_serve());
         let wanted = {
-            let rolling = members.iter().any(|member| member.outdated && member.is_to_serve());
             let (members, cores) = (&self.observed(tier), self.platform.cores(&self.cluster, tier));
             let observed = Observed { tier, members, ordered, rolling, signals: &self.signals, cores };
             self.tiers[tier].scaler.decide(now, tier.scaling(&self.cluster), &observed)
         };
+        // During a roll-out no metric is looked at: what was in doubt stays so. Of nobody nothing is known, and that is right.
+        if !rolling {
+            let serves = members.iter().any(|member| member.stage == Stage::Ready);
+            self.tiers[tier].doubt.see(now, (serves && wanted.is_in_doubt()).then_some(()));
+        }
         self.counts.decided(&self.key().0, tier, wanted.replicas, &wanted.metrics);
         if self.tiers[tier].wanted.replicas != wanted.replicas {
             let because = wanted.because.first().map(|reason| format!(": {reason}")).unwrap_or_default();
@@ -126,6 +132,21 @@ impl<P: Platform> Leader<P> {
         }
         self.coordinator.hold_planned(waits.is_some());
         self.waits = waits;
+    }
+
+    /// Notes what has been away for a while.
+    fn note_outages(&mut self, snapshot: &Snapshot) {
+        let now = self.now();
+        let heard = snapshot.members.iter().filter(|(_, member)| member.silent_for < HEARD_WITHIN);
+        let heard: Vec<(&str, bool)> = heard.map(|(id, member)| (id.name(), member.store_ok)).collect();
+        if self.store_away.see(now, StoreAway::of(&heard)) {
+            let words = self.store_away.shown().map(ToString::to_string);
+            self.tell(words.unwrap_or_else(|| "the store answers all members again".to_owned()));
+        }
+        if self.prometheus.see(now, self.signals.failing().map(Outage::of)) {
+            let words = self.prometheus.shown().map(|outage| outage.message.clone());
+            self.tell(words.unwrap_or_else(|| "Prometheus answers again".to_owned()));
+        }
     }
 
     /// Notes since when each member that does not serve does not; as far as this leader saw.

@@ -1,5 +1,6 @@
 //! What the loop shows: the status.
 
+use super::super::lasting::LASTS;
 use super::super::status::{
     DrainStatus, FileStatus, MOVES_LISTED_MAX, MemberStatus, MoveStatus, Proposal, Shards, Status, TierStatus, Tiers,
     member_state, no_message_lost, rfc3339,
@@ -11,7 +12,10 @@ use crate::shards::moves::Phase;
 use im_crds::Scaling;
 use im_proto::ids::MemberId;
 use std::collections::{BTreeMap, HashMap};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
+
+/// What is away as control begins lasts by then: members dial in and the first question runs into its deadline before.
+const YOUNG: Duration = LASTS.saturating_mul(2);
 
 impl<P: Platform> Leader<P> {
     pub(super) fn show(&self) {
@@ -31,6 +35,8 @@ impl<P: Platform> Leader<P> {
             },
             no_message_lost: no_message_lost(self.holes.values().sum(), &snapshot, lag),
             shards: self.show_shards(&snapshot),
+            prometheus: self.prometheus.shown().cloned(),
+            young: self.now() < YOUNG,
             watermark_lag_seconds: lag,
             events: self.happenings.clone(),
             file: FileStatus { ok: file_error.is_none(), error: file_error },
@@ -49,6 +55,7 @@ impl<P: Platform> Leader<P> {
             max,
             because: state.wanted.because.clone(),
             limited: state.wanted.limited,
+            in_doubt: state.doubt.shown().is_some(),
             ..TierStatus::default()
         };
         let processes = self.view.of_tier(tier);
@@ -142,6 +149,7 @@ impl<P: Platform> Leader<P> {
             }),
             stale_approval: self.stale_approval.clone(),
             waits: self.waits.clone(),
+            store_away: self.store_away.shown().cloned(),
         }
     }
 }

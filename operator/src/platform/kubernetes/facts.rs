@@ -243,6 +243,19 @@ impl Facts {
         self.deployments.values()
     }
 
+    /// How many members of that tier its Deployments are to have.
+    pub fn replicas(&self, tier: Tier) -> u32 {
+        let deployments = self.deployments.values().filter(|deployment| deployment.tier == tier);
+        deployments.map(|deployment| deployment.replicas).fold(0, u32::saturating_add)
+    }
+
+    /// The template of most members of that tier.
+    pub fn main_template(&self, tier: Tier) -> Option<&str> {
+        let deployments = self.deployments.values().filter(|deployment| deployment.tier == tier);
+        let largest = deployments.max_by_key(|deployment| deployment.replicas);
+        largest.map(|deployment| deployment.template.as_str())
+    }
+
     /// The pod of that name.
     pub fn pod(&self, name: &str) -> Option<&PodFacts> {
         self.pods.get(name)

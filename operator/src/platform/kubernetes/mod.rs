@@ -1,8 +1,8 @@
 //! The platform of `imcluster operator`: members are pods, a tier is one Deployment for each template.
 //!
 //! A Deployment is created once and never changed but in its replicas; another template is another Deployment, so that a
-//! roll-out is a scale-out of one and a scale-in of the other. Every write names the resource version that it was decided
-//! on, so that whatever an earlier leader still sends conflicts.
+//! roll-out is a scale-out of one and a scale-in of the other. Every write to it names the resource version that it was
+//! decided on, so that what an earlier leader still sends conflicts.
 
 pub mod facts;
 
@@ -13,10 +13,11 @@ use crate::controller::pods::{MemberTemplate, Surroundings};
 use facts::{DELETION_COST, DeploymentFacts, Facts, PodFacts, Removal, cluster_of};
 use futures::stream::{Stream, StreamExt};
 use im_crds::{ImCluster, SecretKey, ShardMap, ShardMapSpec};
-use k8s_openapi::NamespaceResourceScope;
+use im_proto::{control as wire, map_hint};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::{ByteString, NamespaceResourceScope};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::DeserializeGuard;
 use kube::runtime::WatchStreamExt;
@@ -33,7 +34,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Debug;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -236,6 +237,14 @@ impl World {
         self.read(key, |facts| (facts.spent(current), facts.has_outdated(current)))
     }
 
+    /// How many gateways and business members the Deployments of that ImCluster are to have; `None` = there are none.
+    pub fn replicas(&self, key: &ClusterKey) -> Option<(u32, u32)> {
+        self.read(key, |facts| {
+            let replicas = (facts.replicas(Tier::Gateway), facts.replicas(Tier::Business));
+            facts.deployments().next().map(|_| replicas)
+        })
+    }
+
     /// Names of the Deployments of that ImCluster.
     pub fn deployment_names(&self, key: &ClusterKey) -> BTreeSet<String> {
         self.read(key, |facts| facts.deployments().map(|deployment| deployment.name.clone()).collect())
@@ -269,6 +278,8 @@ pub struct KubernetesPlatform {
     world: Arc<World>,
     key: ClusterKey,
     accepted: RwLock<Accepted>,
+    /// What is asked for can't be run, and never was by this leader: members stay as they are.
+    as_it_runs: AtomicBool,
     view: watch::Sender<View>,
     /// Resource version of the stored map, if there is one.
     stored: tokio::sync::Mutex<Option<String>>,
@@ -300,24 +311,33 @@ impl KubernetesPlatform {
             known.view = Some(view.clone());
             known.publish();
         }
-        let stored = tokio::sync::Mutex::new(None);
-        Arc::new(Self { world, key, accepted: RwLock::new(accepted), view, stored, term: AtomicU64::new(0) })
+        let (accepted, as_it_runs) = (RwLock::new(accepted), AtomicBool::new(false));
+        let (stored, term) = (tokio::sync::Mutex::new(None), AtomicU64::new(0));
+        Arc::new(Self { world, key, accepted, as_it_runs, view, stored, term })
+    }
+
+    /// The platform of an ImCluster [as it runs](Accepted::as_it_runs), until there is one that can be run.
+    pub fn as_it_runs(world: Arc<World>, accepted: Accepted) -> Arc<Self> {
+        let platform = Self::new(world, accepted);
+        platform.as_it_runs.store(true, Ordering::Relaxed);
+        platform
     }
 
     /// Follows another state of the ImCluster.
     pub fn set_cluster(&self, accepted: Accepted) {
         *self.accepted.write() = accepted;
+        self.as_it_runs.store(false, Ordering::Relaxed);
         self.view.send_modify(|view| {
             view.generation += 1;
             view.file_error = None;
         });
     }
 
-    /// What was written last can't be run: what ran before goes on.
-    pub fn refuse(&self, reason: &str) {
+    /// Why what was written last can't be run: what ran before goes on. `None` = it is what runs.
+    pub fn set_problem(&self, problem: Option<&str>) {
         self.view.send_if_modified(|view| {
-            let news = view.file_error.as_deref() != Some(reason);
-            view.file_error = Some(reason.to_owned());
+            let news = view.file_error.as_deref() != problem;
+            view.file_error = problem.map(str::to_owned);
             news
         });
     }
@@ -422,7 +442,12 @@ impl KubernetesPlatform {
         }
     }
 
-    async fn patch_pod(&self, name: &str, patch: Value) -> Result<(), PlatformError> {
+    /// Marks a pod: the very one that is known, not another one of its name.
+    async fn patch_pod(&self, name: &str, mut patch: Value) -> Result<(), PlatformError> {
+        let Some(uid) = self.world.read(&self.key, |facts| facts.pod(name).map(|pod| pod.uid.clone())) else {
+            return Ok(());
+        };
+        patch["metadata"]["uid"] = json!(uid);
         self.world.wrote("Pod");
         match self.api::<Pod>().patch(name, &self.patches(), &Patch::Merge(&patch)).await {
             Ok(pod) => {
@@ -436,6 +461,7 @@ impl KubernetesPlatform {
             }
             // It went by itself.
             Err(error) if not_found(&error) => Ok(()),
+            Err(error) if conflicts(&error) => Err(changed_meanwhile(name)),
             Err(error) => Err(error.into()),
         }
     }
@@ -517,6 +543,10 @@ impl Platform for KubernetesPlatform {
     }
 
     fn template(&self, cluster: &ImCluster, tier: Tier) -> String {
+        if self.as_it_runs.load(Ordering::Relaxed) {
+            let main = |facts: &Facts| facts.main_template(tier).unwrap_or_default().to_owned();
+            return self.world.read(&self.key, main);
+        }
         // A configuration that can't be made has a digest of its own: nothing runs with it.
         self.member_template(cluster, tier).map(|template| template.digest).unwrap_or_default()
     }
@@ -535,6 +565,9 @@ impl Platform for KubernetesPlatform {
     }
 
     async fn start(&self, cluster: &ImCluster, tier: Tier, count: u32) -> Result<(), PlatformError> {
+        if self.as_it_runs.load(Ordering::Relaxed) {
+            return Err(PlatformError::Refused("nobody is started while what is asked for can't be run".to_owned()));
+        }
         let template = self.member_template(cluster, tier)?;
         let name = self.accepted.read().of_template(tier, &template.digest);
         match self.world.read(&self.key, |facts| facts.deployment(&name).cloned()) {
@@ -622,6 +655,25 @@ impl Platform for KubernetesPlatform {
         if self.term.load(Ordering::Relaxed) != map.map.term {
             self.stamp(map.map.term).await?;
         }
+        Ok(())
+    }
+
+    async fn publish_map(&self, map: &wire::Map) -> Result<(), PlatformError> {
+        let accepted = self.accepted.read().clone();
+        let config = ConfigMap {
+            metadata: ObjectMeta {
+                name: Some(accepted.child("map")),
+                namespace: Some(accepted.namespace().to_owned()),
+                labels: Some(accepted.labels()),
+                owner_references: Some(vec![accepted.owner().clone()]),
+                ..ObjectMeta::default()
+            },
+            binary_data: Some(BTreeMap::from([(accepted.owner().uid.clone(), ByteString(map_hint::encode(map)))])),
+            ..ConfigMap::default()
+        };
+        self.world.wrote("ConfigMap");
+        let params = PatchParams::apply(MANAGER).force();
+        self.api::<ConfigMap>().patch(&accepted.child("map"), &params, &Patch::Apply(&config)).await?;
         Ok(())
     }
 }
