@@ -17,8 +17,11 @@ const IMCLUSTER: &str = env!("CARGO_BIN_EXE_imcluster");
 /// Far above what anything here takes; only a failure waits for so long.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Runs until SIGTERM, notes the end in `order`.
-const OBEDIENT: &str = "trap 'echo ROLE >> DIR/order; exit 0' TERM\nwhile :; do sleep 0.02; done\n";
+/// Runs until SIGTERM, notes in `ready` that it waits for that, and the end in `order`.
+const OBEDIENT: &str =
+    "trap 'echo ROLE >> DIR/order; exit 0' TERM\necho ROLE >> DIR/ready\nwhile :; do sleep 0.02; done\n";
+/// Does not care for SIGTERM.
+const STUBBORN: &str = "trap '' TERM\necho ROLE >> DIR/ready\nwhile :; do sleep 0.02; done\n";
 /// Notes its start in `starts` and ends at once.
 const CRASHING: &str = "date +%s%N >> DIR/starts\nexit 3\n";
 
@@ -146,7 +149,10 @@ impl Up<'_> {
         let names = ["business-0", "control", "gateway-0", "store-0"];
         self.eventually("all four processes", || {
             let members = place.members();
-            (members.keys().map(String::as_str).collect::<Vec<_>>() == names).then_some(members)
+            // A shell that was just started dies of a signal that it will trap a moment later.
+            let ready = fs::read_to_string(place.dir.join("ready")).unwrap_or_default();
+            let are_ready = ["gateway", "business", "store"].iter().all(|role| ready.contains(role));
+            (are_ready && members.keys().map(String::as_str).collect::<Vec<_>>() == names).then_some(members)
         })
     }
 
@@ -234,7 +240,7 @@ fn a_killed_supervisor_takes_all_children_with_it() {
 
 #[test]
 fn a_second_ctrl_c_ends_at_once_who_does_not_want_to() {
-    let place = Place::new("stubborn", "trap '' TERM\nwhile :; do sleep 0.02; done\n", OBEDIENT);
+    let place = Place::new("stubborn", STUBBORN, OBEDIENT);
     let mut up = place.up();
     up.all_running();
     up.signal(Signal::INT);
