@@ -29,7 +29,6 @@ use crate::session::{ConnectRefused, Effects, End, Session};
 /// How long the last bytes of an ended connection may take.
 const LINGER_MAX: Duration = Duration::from_secs(2);
 const READ_BYTES: usize = 16 << 10;
-const SLICES: usize = 16;
 /// Packets taken from one connection before others have their turn.
 const PACKETS_PER_TURN: usize = 64;
 
@@ -293,7 +292,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
     fn poll_write_out(&mut self, cx: &mut Context<'_>, out: &mut OutBuffer) -> io::Result<bool> {
         let stream = &mut self.stream;
         while !out.is_empty() {
-            let mut slices = [IoSlice::new(&[]); SLICES];
+            let mut slices = [IoSlice::new(&[]); OutBuffer::SLICES];
             let written = match out.slices(&mut slices) {
                 // The kernel takes one piece with less ado.
                 1 => Pin::new(&mut *stream).poll_write(cx, &slices[0]),

@@ -609,6 +609,9 @@ pub struct OutBuffer {
 }
 
 impl OutBuffer {
+    /// Pieces for one vectored write.
+    pub const SLICES: usize = 16;
+
     /// Bytes that wait.
     pub fn len(&self) -> usize {
         self.length

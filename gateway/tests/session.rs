@@ -425,6 +425,36 @@ fn a_batch_goes_to_the_socket_when_nothing_waits_before_it() {
 }
 
 #[test]
+fn others_write_for_the_task_only_what_comes_next() {
+    let mut driven = Driven::subscribed(Version::V5);
+    driven.deliver(1);
+    driven.deliver(2);
+    let mut written = Vec::new();
+    // The socket takes a part, then the rest.
+    for takes in [5, usize::MAX] {
+        driven.session.write_out(0, &mut driven.effects, |slices| {
+            let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+            let taken = takes.min(bytes.len());
+            written.extend_from_slice(&bytes[..taken]);
+            taken
+        });
+    }
+    assert!(!driven.session.has_output());
+    let mut alone = Driven::subscribed(Version::V5);
+    alone.deliver(1);
+    alone.deliver(2);
+    assert_eq!(written, alone.session.take_output().take_bytes());
+
+    // The task has something in hand: what is behind that waits for it, as a room's messages do.
+    alone.deliver(3);
+    alone.session.write_out(0, &mut alone.effects, |_| panic!("the task is writing"));
+    assert!(alone.session.has_output());
+    driven.session.end(End::Server(Reason::UseAnotherServer, "over"), &mut driven.effects);
+    driven.session.write_out(0, &mut driven.effects, |_| panic!("the last words are the task's"));
+    assert!(driven.session.has_output());
+}
+
+#[test]
 fn a_new_device_gets_what_is_unread_and_a_known_one_what_it_has_not_acknowledged() {
     let index = vec![IndexRow { conversation: "u/alice/bob".to_owned(), from_seq: 1, to_seq: 0, as_of: 0 }];
     let head = Head { conversation: "u/alice/bob".to_owned(), head: 5_000, own_mark: 10, ..Head::default() };

@@ -18,6 +18,7 @@ use tonic::transport::Endpoint;
 use crate::ids::MemberId;
 use crate::link::link_client::LinkClient;
 use crate::link::{ClientFrame, ClientFrames, Hello, Role, ServerFrame, client_frame, push, server_frame};
+use crate::process::AbortOnPanic;
 use crate::token::SharedToken;
 
 /// How often a link's client pings its owner.
@@ -27,7 +28,7 @@ pub const LINK_SILENCE_MAX: Duration = Duration::from_secs(3);
 /// The largest gRPC message of a link, bytes.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// How long a link gathers frames after each message that it sent. The first frame after a silence leaves at once.
-const GATHER: Duration = Duration::from_millis(2);
+const GATHER: Duration = Duration::from_millis(3);
 /// The same after a message with something urgent in it.
 const GATHER_URGENT: Duration = Duration::from_micros(500);
 /// Frames that one gRPC message carries at most.
@@ -289,6 +290,8 @@ impl LinkPool {
         address: String,
         slot: Arc<Mutex<Option<Arc<Outbox<ClientFrame>>>>>,
     ) {
+        // Without its task a link would never be dialled again, and the member's shards would be silent for all clients of this process.
+        let _guard = AbortOnPanic("the task of a link");
         let mut pause = Duration::from_millis(20);
         loop {
             let opened = Instant::now();

@@ -1,4 +1,4 @@
-//! What a process knows of itself, whatever its tier: who it is, and the CPU time that it used.
+//! What a process knows of itself, whatever its tier: who it is, the CPU time that it used, and when it had better end.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -34,6 +34,20 @@ impl Identity {
     }
 }
 
+/// Ends the process when a panic drops it: for a task or thread without which the process would live on and do half of its work, silently.
+/// A new process does all of it.
+#[derive(Debug)]
+pub struct AbortOnPanic(/** What panicked, for the log. */ pub &'static str);
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("{} panicked: the process ends, a new one starts from what is durable", self.0);
+            std::process::abort();
+        }
+    }
+}
+
 /// CPU time that this process has used so far, user and system; zero where there is no `/proc`.
 pub fn cpu_time() -> Duration {
     ticks(&std::fs::read_to_string("/proc/self/stat").unwrap_or_default()).map_or(Duration::ZERO, |ticks| {
@@ -52,7 +66,24 @@ fn ticks(stat: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+
     use super::*;
+
+    #[test]
+    fn a_panic_under_guard_ends_the_process() -> std::io::Result<()> {
+        const INSIDE: &str = "IM_TEST_OF_A_PANIC";
+        if std::env::var_os(INSIDE).is_some() {
+            let _guard = AbortOnPanic("a test");
+            panic!("of the test");
+        }
+        let mut again = Command::new(std::env::current_exe()?);
+        again.args(["--exact", "process::tests::a_panic_under_guard_ends_the_process"]).env(INSIDE, "1");
+        let status = again.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        assert_eq!(status.signal(), Some(6), "SIGABRT, not {status}");
+        Ok(())
+    }
 
     #[test]
     fn others_reach_it_at_the_advertised_host() {

@@ -12,6 +12,7 @@ mod protocol;
 mod rooms;
 
 use std::fmt::Write as _;
+use std::io::IoSlice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -377,6 +378,24 @@ impl Session {
     pub fn take_output(&mut self) -> OutBuffer {
         self.is_writing = self.has_output();
         std::mem::take(&mut self.out)
+    }
+
+    /// Puts what waits on the socket, as far as `write` takes it; it says how many bytes. While what was taken before is still being
+    /// written, and after the end, nothing is: that is for whoever took it.
+    pub fn write_out(&mut self, now_ms: u64, effects: &mut Effects, write: impl FnOnce(&[IoSlice<'_>]) -> usize) {
+        if self.is_writing || !self.has_output() || self.is_ended() {
+            return;
+        }
+        let mut slices = [IoSlice::new(&[]); OutBuffer::SLICES];
+        let count = self.out.slices(&mut slices);
+        let written = write(&slices[..count]);
+        if written >= self.out.len() {
+            // Without its space: an idle connection has none.
+            self.out = OutBuffer::default();
+            self.on_written(now_ms, effects);
+        } else {
+            self.out.advance(written);
+        }
     }
 
     /// The out-buffer drained: who waited for room in it goes on.
