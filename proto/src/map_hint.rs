@@ -10,9 +10,9 @@ use prost::Message;
 
 use crate::control::Map;
 
-/// What the file holds.
-pub fn encode(map: &Map) -> Vec<u8> {
-    Map { number: 0, ..map.clone() }.encode_to_vec()
+/// What the file holds: the same as long as the map says the same.
+pub fn encode(map: Map) -> Vec<u8> {
+    Map { number: 0, ..map }.encode_to_vec()
 }
 
 /// The map in that file, if there is one. A file that can't be read counts as none: a leader's map will come.
@@ -29,7 +29,7 @@ pub fn read(path: &Path) -> Option<Map> {
     };
     let map = Map::decode(bytes.as_slice()).map_err(|error| unusable(&error)).ok()?;
     tracing::info!(path = %path.display(), shards = map.shards, members = map.members.len(), "began with a copy of the shard map");
-    Some(Map { number: 0, ..map })
+    Some(map)
 }
 
 #[cfg(test)]
@@ -43,7 +43,7 @@ mod tests {
         assert_eq!(read(&path), None);
         let member = Member { member: "business-0/a".to_owned(), role: 2, link_address: "127.0.0.1:7000".to_owned() };
         let map = Map { number: 7, shards: 2, members: vec![member], owners: vec![1, 0], epochs: vec![3, 0] };
-        std::fs::write(&path, encode(&map)).expect("a writable temporary folder");
+        std::fs::write(&path, encode(map.clone())).expect("a writable temporary folder");
         assert_eq!(read(&path), Some(Map { number: 0, ..map }));
         std::fs::write(&path, [0xff; 9]).expect("a writable temporary folder");
         assert_eq!(read(&path), None);

@@ -5,7 +5,6 @@ pub mod process;
 
 use crate::shards::ShardMap;
 use im_crds::{ImCluster, Scaling, SecretKey, ShardMapSpec};
-use im_proto::control as wire;
 use im_proto::ids::MemberId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -300,7 +299,6 @@ pub trait Platform: Send + Sync + 'static {
     /// [`PlatformError::Outranked`] if somebody else stored one since.
     fn save_map(&self, map: &StoredMap) -> impl Future<Output = Result<(), PlatformError>> + Send;
 
-    /// Lays a copy of the map where members that start find it, whether anybody leads by then or not
-    /// (see [`im_proto::map_hint`]).
-    fn publish_map(&self, map: &wire::Map) -> impl Future<Output = Result<(), PlatformError>> + Send;
+    /// Lays a copy of the map ([`im_proto::map_hint`]) where members that start find it, whether anybody leads by then or not.
+    fn publish_map(&self, hint: Vec<u8>) -> impl Future<Output = Result<(), PlatformError>> + Send;
 }

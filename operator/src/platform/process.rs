@@ -6,7 +6,6 @@ use super::{Platform, PlatformError, ProcessState, StoredMap, Tier, View};
 use crate::control::ClusterKey;
 use crate::up::data_dir::{DataDir, Secrets, write_atomically};
 use im_crds::{Auth, ImCluster, ImClusterSpec, Storage};
-use im_proto::{control as wire, map_hint};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -256,16 +255,19 @@ impl Platform for ProcessPlatform {
 
     /// There is one control per data directory, so nobody else writes.
     async fn save_map(&self, map: &StoredMap) -> Result<(), PlatformError> {
-        let (path, bytes) = (self.map_file.clone(), serde_json::to_vec(map).map_err(std::io::Error::other)?);
-        let written = tokio::task::spawn_blocking(move || write_atomically(&path, &bytes)).await;
-        written.map_err(std::io::Error::other)?.map_err(|error| at(&self.map_file, &error))
+        let bytes = serde_json::to_vec(map).map_err(std::io::Error::other)?;
+        write_in_background(self.map_file.clone(), bytes).await
     }
 
-    async fn publish_map(&self, map: &wire::Map) -> Result<(), PlatformError> {
-        let (path, bytes) = (self.data.map_hint(), map_hint::encode(map));
-        let written = tokio::task::spawn_blocking(move || write_atomically(&path, &bytes)).await;
-        written.map_err(std::io::Error::other)?.map_err(|error| at(&self.data.map_hint(), &error))
+    async fn publish_map(&self, hint: Vec<u8>) -> Result<(), PlatformError> {
+        write_in_background(self.data.map_hint(), hint).await
     }
+}
+
+async fn write_in_background(path: PathBuf, bytes: Vec<u8>) -> Result<(), PlatformError> {
+    let written =
+        tokio::task::spawn_blocking(move || write_atomically(&path, &bytes).map_err(|error| at(&path, &error)));
+    written.await.map_err(std::io::Error::other)?
 }
 
 fn at(path: &Path, error: &std::io::Error) -> PlatformError {

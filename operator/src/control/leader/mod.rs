@@ -22,6 +22,7 @@ use crate::shards::{Action, Coordinator, Event, Ownership, ShardMap, Timing};
 use im_crds::ImCluster;
 use im_proto::control::{self as wire, Role as WireRole, command::Command};
 use im_proto::ids::MemberId;
+use im_proto::map_hint;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::future::Future;
 use std::ops::{Index, IndexMut};
@@ -247,7 +248,7 @@ pub struct Leader<P> {
     /// When a map was stored last, the first one of this leader aside.
     save_began: Option<Instant>,
     /// The copy of the map that was laid out last; `None`: to be laid out.
-    published: Option<wire::Map>,
+    published: Option<Vec<u8>>,
     publishing: bool,
     publish_began: Option<Instant>,
     /// What the platform does meanwhile.
@@ -619,12 +620,12 @@ impl<P: Platform> Leader<P> {
             return;
         }
         self.publish_began = Some(Instant::now());
-        let map = wire::Map { number: 0, ..self.wire_map() };
-        if self.published.as_ref() != Some(&map) {
+        let hint = map_hint::encode(self.wire_map());
+        if self.published.as_ref() != Some(&hint) {
             self.publishing = true;
-            self.published = Some(map.clone());
+            self.published = Some(hint.clone());
             let platform = self.platform.clone();
-            self.tasks.spawn(async move { Done::Published { outcome: within(platform.publish_map(&map)).await } });
+            self.tasks.spawn(async move { Done::Published { outcome: within(platform.publish_map(hint)).await } });
         }
     }
 

@@ -13,7 +13,6 @@ use crate::controller::pods::{MemberTemplate, Surroundings};
 use facts::{DELETION_COST, DeploymentFacts, Facts, PodFacts, Removal, cluster_of};
 use futures::stream::{Stream, StreamExt};
 use im_crds::{ImCluster, SecretKey, ShardMap, ShardMapSpec};
-use im_proto::{control as wire, map_hint};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -658,7 +657,7 @@ impl Platform for KubernetesPlatform {
         Ok(())
     }
 
-    async fn publish_map(&self, map: &wire::Map) -> Result<(), PlatformError> {
+    async fn publish_map(&self, hint: Vec<u8>) -> Result<(), PlatformError> {
         let accepted = self.accepted.read().clone();
         let config = ConfigMap {
             metadata: ObjectMeta {
@@ -668,7 +667,7 @@ impl Platform for KubernetesPlatform {
                 owner_references: Some(vec![accepted.owner().clone()]),
                 ..ObjectMeta::default()
             },
-            binary_data: Some(BTreeMap::from([(accepted.owner().uid.clone(), ByteString(map_hint::encode(map)))])),
+            binary_data: Some(BTreeMap::from([(accepted.owner().uid.clone(), ByteString(hint))])),
             ..ConfigMap::default()
         };
         self.world.wrote("ConfigMap");
