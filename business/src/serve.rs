@@ -27,11 +27,11 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::{ConfigError, ServeConfig};
-use crate::core::calls::{StoreCall, execute};
+use crate::core::calls::{StoreAnswer, StoreCall, TAIL_ENTRIES, execute, load_behind};
 use crate::core::{Core, Input, Limits, LinkId, Map, Now, Output};
 use crate::fail_points::{FailPoint, FailPoints};
 use crate::metrics::{CpuAverage, Metrics};
-use crate::store::{self, OpenError, Store, StoreSpec};
+use crate::store::{self, OpenError, Store, StoreError, StoreSpec};
 
 /// Inputs that wait for the core; beyond, links are not read.
 const INPUTS_MAX: usize = 1_024;
@@ -39,6 +39,8 @@ const INPUTS_MAX: usize = 1_024;
 const INPUTS_AT_ONCE: usize = 128;
 /// Reads of the store under way at once.
 const READS_MAX: usize = 64;
+/// Conversations whose ends are asked for at once.
+const LOADS_AT_ONCE: usize = 32;
 /// Frames that wait for one link; beyond, it is closed and dialled anew.
 const LINK_FRAMES_MAX: usize = 1 << 18;
 /// For shards that nobody took over to be released.
@@ -189,6 +191,13 @@ struct Shell {
     token: SharedToken,
 }
 
+impl Shell {
+    async fn answered(&self, call: u64, answer: Result<StoreAnswer, StoreError>) {
+        // Only a core that ended does not take it.
+        let _ = self.inputs.send(Input::Answered { call, answer }).await;
+    }
+}
+
 /// The stream to control: reports go out only behind its Hello.
 #[derive(Default)]
 struct ControlStream {
@@ -260,11 +269,15 @@ fn carry_out(
 ) {
     let mut frames: Map<LinkId, Vec<ServerFrame>> = Map::default();
     let mut to_peers: Map<MemberId, Vec<ClientFrame>> = Map::default();
+    let mut loads: Vec<Load> = Vec::new();
     for output in outputs {
         match output {
             Output::Frame { link, frame } => frames.entry(link).or_default().push(frame),
             _ if only_frames => {}
             Output::Peer { to, frame } => to_peers.entry(to).or_default().push(frame),
+            Output::Call { call, request: StoreCall::LoadConversation { shard, conversation } } => {
+                loads.push(Load { call, shard, conversation });
+            }
             Output::Call { call, request } => ask_store(shell, store, call, request),
             Output::Report(report) => tell_control(shell, report),
             Output::Members(members) => peers.set_members(&members),
@@ -274,6 +287,10 @@ fn carry_out(
                 }
             }
         }
+    }
+    while !loads.is_empty() {
+        let rest = loads.split_off(loads.len().min(LOADS_AT_ONCE));
+        tokio::spawn(load(shell.clone(), store.clone(), std::mem::replace(&mut loads, rest)));
     }
     for (link, frames) in frames {
         let outbox = shell.links.lock().get(&link).cloned();
@@ -295,9 +312,47 @@ fn ask_store(shell: &Arc<Shell>, store: &Arc<dyn Store>, call: u64, request: Sto
     tokio::spawn(async move {
         let _permit = if is_read { shell.reads.clone().acquire_owned().await.ok() } else { None };
         let answer = execute(store.as_ref(), &shell.me, request).await;
-        // Only a core that ended does not take it.
-        let _ = shell.inputs.send(Input::Answered { call, answer }).await;
+        shell.answered(call, answer).await;
     });
+}
+
+/// A conversation to be loaded, and the number of that call.
+struct Load {
+    call: u64,
+    shard: u32,
+    conversation: Arc<str>,
+}
+
+/// Loads conversations: most of them are new, and one look tells so of all.
+async fn load(shell: Arc<Shell>, store: Arc<dyn Store>, loads: Vec<Load>) {
+    let tails = {
+        let _permit = shell.reads.clone().acquire_owned().await.ok();
+        let places = loads.iter().map(|load| (load.shard, load.conversation.clone())).collect();
+        store.tails(places, TAIL_ENTRIES).await
+    };
+    let tails = match tails {
+        Ok(tails) => tails,
+        Err(error) => {
+            for load in loads {
+                shell.answered(load.call, Err(error.clone())).await;
+            }
+            return;
+        }
+    };
+    for (Load { call, shard, conversation }, tail) in loads.into_iter().zip(tails) {
+        let (shell, store) = (shell.clone(), store.clone());
+        let is_new = tail.is_empty();
+        let behind = async move {
+            let _permit = if is_new { None } else { shell.reads.clone().acquire_owned().await.ok() };
+            let answer = load_behind(store.as_ref(), shard, conversation, tail).await;
+            shell.answered(call, answer).await;
+        };
+        if is_new {
+            behind.await;
+        } else {
+            tokio::spawn(behind);
+        }
+    }
 }
 
 fn tell_control(shell: &Shell, report: Report) {

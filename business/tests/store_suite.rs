@@ -439,6 +439,16 @@ async fn ranges_have_limits(a: &Party, shard: u32) {
         let found = a.store.range(range(shard, "g/x", from, limit, max_bytes, backward)).await.unwrap();
         assert_eq!(seqs(&found), expected, "from {from} limit {limit} max_bytes {max_bytes} backward {backward}");
     }
+    let large = (1..=3).map(|i| entry("g/large", i, 10 + i, &format!("k{i}"), &[b'.'; 400 << 10])).collect();
+    assert_eq!(a.commit_one(appends(shard, 1, large)).await, Outcome::Committed);
+    let places = |all: &[(u32, &str)]| all.iter().map(|(shard, name)| (*shard, (*name).into())).collect::<Vec<_>>();
+    let found =
+        a.store.tails(places(&[(shard, "g/x"), (shard, "g/none"), (shard, "g/large"), (shard + 1_000, "g/x")]), 4);
+    let found: Vec<Vec<u64>> = found.await.unwrap().iter().map(|tail| seqs(tail)).collect();
+    assert_eq!(found, [vec![10, 9, 8, 7], vec![], vec![3, 2], vec![]], "1 MiB of each at most");
+    // All of them together are one answer: none has more than its part of it, and each has one entry.
+    let found = a.store.tails(places(&vec![(shard, "g/large"); 50]), 4).await.unwrap();
+    assert!(found.len() == 50 && found.iter().all(|tail| seqs(tail) == [3]), "{:?}", found.iter().map(Vec::len));
 }
 
 async fn holes_are_seen(a: &Party, first: u32) {

@@ -155,28 +155,8 @@ pub async fn execute(store: &dyn Store, me: &MemberId, call: StoreCall) -> Resul
         StoreCall::Since { shard, after_pos, limit } => StoreAnswer::Since(store.since(shard, after_pos, limit).await?),
         StoreCall::Scrub { shard, after, limit } => StoreAnswer::Scrub(store.scrub(shard, after, limit).await?),
         StoreCall::LoadConversation { shard, conversation } => {
-            // The end of the log tells the head as well; where there is none, nobody has a mark, and no group exists.
-            let range = |conversation| LogRange {
-                shard,
-                conversation,
-                from: 0,
-                limit: TAIL_ENTRIES,
-                max_bytes: 1 << 20,
-                backward: true,
-            };
-            let mut tail = store.range(range(conversation.clone())).await?;
-            let Some(head) = tail.first().map(|last| (last.seq, last.ts_ms)) else {
-                return Ok(StoreAnswer::LoadConversation(ConversationRows::default()));
-            };
-            tail.reverse();
-            let marks = all_items(store, shard, keys::mark(&conversation, "")).await?;
-            let (group, members) = if conversation.starts_with("g/") {
-                let group = store.get(shard, vec![keys::group(&conversation)]).await?.into_iter().next().flatten();
-                (group, all_items(store, shard, keys::member(&conversation, "")).await?)
-            } else {
-                (None, Vec::new())
-            };
-            StoreAnswer::LoadConversation(ConversationRows { head, marks, group, members, tail })
+            let tails = store.tails(vec![(shard, conversation.clone())], TAIL_ENTRIES).await?;
+            load_behind(store, shard, conversation, tails.into_iter().next().unwrap_or_default()).await?
         }
         StoreCall::LoadUser { shard, user } => {
             let index = all_items(store, shard, keys::index(&user, "")).await?;
@@ -195,6 +175,31 @@ pub async fn execute(store: &dyn Store, me: &MemberId, call: StoreCall) -> Resul
             StoreAnswer::LoadRoom(RoomRows { settings: next(), totals: next(), counted: next() })
         }
     })
+}
+
+/// Loads a conversation whose newest entries, newest first, are known.
+///
+/// # Errors
+/// As [`execute`].
+pub async fn load_behind(
+    store: &dyn Store,
+    shard: u32,
+    conversation: Arc<str>,
+    mut tail: Vec<LogEntry>,
+) -> Result<StoreAnswer, StoreError> {
+    // The end of the log tells the head as well; where there is none, nobody has a mark, and no group exists.
+    let Some(head) = tail.first().map(|last| (last.seq, last.ts_ms)) else {
+        return Ok(StoreAnswer::LoadConversation(ConversationRows::default()));
+    };
+    tail.reverse();
+    let marks = all_items(store, shard, keys::mark(&conversation, "")).await?;
+    let (group, members) = if conversation.starts_with("g/") {
+        let group = store.get(shard, vec![keys::group(&conversation)]).await?.into_iter().next().flatten();
+        (group, all_items(store, shard, keys::member(&conversation, "")).await?)
+    } else {
+        (None, Vec::new())
+    };
+    Ok(StoreAnswer::LoadConversation(ConversationRows { head, marks, group, members, tail }))
 }
 
 /// Every item under a prefix, the prefix cut off.

@@ -34,6 +34,8 @@ pub const ANSWER_BYTES_MAX: usize = 16 << 20;
 
 /// Multi-row answers end early at this many rows.
 pub const ANSWER_ROWS_MAX: u32 = 10_000;
+/// Payload bytes of one conversation in an answer of [`Store::tails`].
+const TAIL_BYTES_MAX: usize = 1 << 20;
 
 /// The highest `pos` a shard's log can have: SQLite keeps shard and pos in one 63-bit row id.
 pub const POS_MAX: u64 = (1 << 40) - 1;
@@ -233,6 +235,13 @@ pub struct Scrubbed {
 }
 
 impl LogRange {
+    /// The ranges that [`Store::tails`] is about. They share the bytes of one answer.
+    fn tails(conversations: Vec<(u32, Arc<str>)>, limit: u32) -> Vec<Self> {
+        let max_bytes = (ANSWER_BYTES_MAX / conversations.len().max(1)).min(TAIL_BYTES_MAX) as u32;
+        let tail = |(shard, conversation)| Self { shard, conversation, from: 0, limit, max_bytes, backward: true };
+        conversations.into_iter().map(tail).collect()
+    }
+
     fn bytes_max(&self) -> usize {
         (self.max_bytes as usize).min(ANSWER_BYTES_MAX)
     }
@@ -291,6 +300,14 @@ pub trait Store: Send + Sync + 'static {
 
     /// A part of a conversation's log.
     fn range(&self, range: LogRange) -> Answer<'_, Vec<LogEntry>>;
+
+    /// The newest entries of some conversations, newest first: at most `limit` of each, and 1 MiB or its part of [`ANSWER_BYTES_MAX`],
+    /// but one of each that has any. It is what an owner reads first of a conversation; of many at once, since a call costs more than
+    /// to look whether there is anything.
+    fn tails(&self, conversations: Vec<(u32, Arc<str>)>, limit: u32) -> Answer<'_, Vec<Vec<LogEntry>>> {
+        let ranges = LogRange::tails(conversations, limit);
+        Box::pin(futures::future::try_join_all(ranges.into_iter().map(|range| self.range(range))))
+    }
 
     /// A shard's log after a `pos`, in commit order.
     fn since(&self, shard: u32, after_pos: u64, limit: u32) -> Answer<'_, Vec<LogEntry>>;

@@ -495,6 +495,30 @@ impl Store for Postgres {
         })
     }
 
+    fn tails(&self, conversations: Vec<(u32, Arc<str>)>, limit: u32) -> Answer<'_, Vec<Vec<LogEntry>>> {
+        Box::pin(async move {
+            let mut tails = vec![Vec::new(); conversations.len()];
+            let ranges = LogRange::tails(conversations, limit);
+            let Some(first) = ranges.first() else { return Ok(tails) };
+            // All of it over one connection.
+            let tail = within("shard = p.shard AND conversation = p.conversation", "seq DESC");
+            let sql = format!(
+                "SELECT p.place, tail.* FROM unnest($1::int4[], $4::text[]) WITH ORDINALITY AS p (shard, conversation, place)
+                 CROSS JOIN LATERAL ({tail}) AS tail ORDER BY p.place, tail.seq DESC"
+            );
+            let shards: Vec<i32> = ranges.iter().map(|range| range.shard as i32).collect();
+            let names: Vec<&str> = ranges.iter().map(|range| &*range.conversation).collect();
+            let (limit, bytes_max) = (i64::from(first.limit.min(ANSWER_ROWS_MAX)), first.bytes_max() as i64);
+            for row in self.query(&sql, &[&shards, &limit, &bytes_max, &names]).await? {
+                let place = read::<i64>(&row, 0)? as usize;
+                if let Some(tail) = place.checked_sub(1).and_then(|place| tails.get_mut(place)) {
+                    tail.push(entry(&row, 1)?);
+                }
+            }
+            Ok(tails)
+        })
+    }
+
     fn since(&self, shard: u32, after_pos: u64, limit: u32) -> Answer<'_, Vec<LogEntry>> {
         Box::pin(async move {
             let sql = within("shard = $1 AND pos > $4", "pos ASC");

@@ -163,6 +163,19 @@ impl Store for Remote {
         call!(self.range(request), CALL_TIMEOUT, entries)
     }
 
+    fn tails(&self, conversations: Vec<(u32, Arc<str>)>, limit: u32) -> Answer<'_, Vec<Vec<LogEntry>>> {
+        let asked = conversations.len();
+        let place = |(shard, conversation): (u32, Arc<str>)| pb::tails_request::Place {
+            shard,
+            conversation: conversation.to_string(),
+        };
+        let request = pb::TailsRequest { places: conversations.into_iter().map(place).collect(), limit };
+        call!(self.tails(request), CALL_TIMEOUT, move |reply: pb::TailsReply| match reply.tails.len() {
+            answered if answered == asked => all(reply.tails, entries),
+            answered => Err(Status::internal(format!("{answered} tails of {asked} conversations"))),
+        })
+    }
+
     fn since(&self, shard: u32, after_pos: u64, limit: u32) -> Answer<'_, Vec<LogEntry>> {
         call!(self.since(pb::SinceRequest { shard, after_pos, limit }), CALL_TIMEOUT, entries)
     }

@@ -128,6 +128,14 @@ impl pb::store_server::Store for Service {
         Ok(Response::new(pb::Entries { entries: entries.into_iter().map(wire::entry_to).collect() }))
     }
 
+    async fn tails(&self, request: Request<pb::TailsRequest>) -> Reply<pb::TailsReply> {
+        let pb::TailsRequest { places, limit } = request.into_inner();
+        let places = places.into_iter().map(|place| (place.shard, place.conversation.into())).collect();
+        let tails = self.0.tails(places, limit).await.map_err(status)?;
+        let entries = |tail: Vec<LogEntry>| pb::Entries { entries: tail.into_iter().map(wire::entry_to).collect() };
+        Ok(Response::new(pb::TailsReply { tails: tails.into_iter().map(entries).collect() }))
+    }
+
     async fn since(&self, request: Request<pb::SinceRequest>) -> Reply<pb::Entries> {
         let pb::SinceRequest { shard, after_pos, limit } = request.into_inner();
         let entries = self.0.since(shard, after_pos, limit).await.map_err(status)?;

@@ -18,9 +18,11 @@
 //! | [`writer`] | groups, the open transaction, checkpoints |
 //! | [`tables`] | what a write does to the tables |
 //! | [`journal`] | the two journal files |
+//! | [`record`] | a commit as the journal keeps it |
 //! | [`unflushed`] | what readers can't see yet |
 
 mod journal;
+mod record;
 mod tables;
 mod unflushed;
 mod writer;
@@ -34,11 +36,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use im_proto::ids::MemberId;
+use im_proto::process::AbortOnPanic;
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::{mpsc, oneshot};
 
-use self::tables::{ENTRY, Tables, entry, id, int, row_of_shard, shard_row};
+use self::tables::{ENTRY, OF_CONVERSATION, Tables, entry, id, int, row_of_shard, shard_row};
 use self::unflushed::{Concern, Unflushed};
 use self::writer::{Pending, Reply, Syncer, Write, Writer};
 use super::{
@@ -55,8 +58,8 @@ const READERS: usize = 4;
 /// Pages that a connection keeps, KiB. The writer's are those that the open transaction changed, and what it changes again and again.
 const READER_CACHE_KIB: i32 = 8 << 10;
 const WRITER_CACHE_KIB: i32 = 64 << 10;
-/// Additive steps; the number of those done is in `meta`.
-const MIGRATIONS: [&str; 1] = ["
+/// Steps; the number of those done is in `meta`.
+const MIGRATIONS: [&str; 2] = ["
     CREATE TABLE shard (
         shard INTEGER PRIMARY KEY,
         epoch INTEGER NOT NULL,
@@ -84,24 +87,39 @@ const MIGRATIONS: [&str; 1] = ["
         v BLOB NOT NULL,
         PRIMARY KEY (shard, k)
     ) WITHOUT ROWID;
+", "
+    -- Numbers instead of names in the log and its indexes: less than half of the leaves that a transaction touches, and no texts to compare.
+    CREATE TABLE conversation (
+        id INTEGER PRIMARY KEY,
+        shard INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        UNIQUE (shard, name)
+    );
+    INSERT INTO conversation (shard, name) SELECT DISTINCT shard, conversation FROM log;
+    ALTER TABLE log RENAME TO log_with_names;
+    CREATE TABLE log (
+        id INTEGER PRIMARY KEY, -- shard * 2^40 + pos: (shard, pos) in one b-tree of its own rows
+        conversation INTEGER NOT NULL,
+        seq INTEGER NOT NULL,
+        key BLOB NOT NULL,
+        sender TEXT NOT NULL,
+        device TEXT NOT NULL,
+        kind INTEGER NOT NULL,
+        client_id TEXT NOT NULL,
+        ts_ms INTEGER NOT NULL,
+        payload BLOB NOT NULL
+    );
+    INSERT INTO log
+        SELECT l.id, c.id, seq, key, sender, device, kind, client_id, ts_ms, payload
+        FROM log_with_names l JOIN conversation c ON c.shard = l.shard AND c.name = l.conversation ORDER BY l.id;
+    DROP TABLE log_with_names;
+    CREATE UNIQUE INDEX log_seq ON log (conversation, seq);
+    CREATE UNIQUE INDEX log_key ON log (conversation, key);
 "];
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // The store: hands requests to the threads
 // ---------------------------------------------------------------------------------------------------------------------------------
-
-/// Ends the process when the thread that holds it panics: a store without its writer would refuse everything for good, one that starts
-/// anew serves again.
-struct EndOnPanic;
-
-impl Drop for EndOnPanic {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            tracing::error!("a thread of the store panicked: ending, to start anew from what is durable");
-            std::process::abort();
-        }
-    }
-}
 
 /// A SQLite file, owned by this process until it is dropped.
 #[derive(Debug)]
@@ -140,7 +158,8 @@ impl Sqlite {
         let jobs = Arc::new(Mutex::new(jobs));
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             let run = move || {
-                let _guard = EndOnPanic;
+                // Without its writer a store would refuse everything for good.
+                let _guard = AbortOnPanic("a thread of the store");
                 run();
             };
             thread::Builder::new().name(name.to_owned()).spawn(run).map_err(|e| failed(&e))
@@ -243,29 +262,26 @@ impl Store for Sqlite {
         Box::pin(async move {
             let id = conversation.clone();
             let find = move |c: &Connection| {
-                let mut select = c.prepare_cached(&format!(
-                    "SELECT {ENTRY} FROM log WHERE shard = ?1 AND conversation = ?2 AND key = ?3"
-                ))?;
+                let mut select =
+                    c.prepare_cached(&format!("SELECT {ENTRY} FROM log WHERE {OF_CONVERSATION} AND key = ?3"))?;
                 select.query_row(params![shard, id, &key[..]], entry).optional()
             };
-            self.read(Concern::Conversation(shard, &conversation), find).await
+            self.read(Concern::Conversations(&[(shard, conversation)]), find).await
         })
     }
 
     fn range(&self, range: LogRange) -> Answer<'_, Vec<LogEntry>> {
         Box::pin(async move {
-            let (shard, conversation) = (range.shard, range.conversation.clone());
-            let read = move |c: &Connection| {
-                let (compare, order) = if range.backward { ("<=", "DESC") } else { (">=", "ASC") };
-                let from = if range.backward && range.from == 0 { i64::MAX } else { int(range.from) };
-                let mut select = c.prepare_cached(&format!(
-                    "SELECT {ENTRY} FROM log WHERE shard = ?1 AND conversation = ?2 AND seq {compare} ?3 ORDER BY seq {order} LIMIT ?4"
-                ))?;
-                let limit = range.limit.min(ANSWER_ROWS_MAX);
-                let rows = select.query(params![range.shard, range.conversation, from, limit])?;
-                within(rows, range.bytes_max(), entry, |e| e.payload.len())
-            };
-            self.read(Concern::Conversation(shard, &conversation), read).await
+            let place = (range.shard, range.conversation.clone());
+            self.read(Concern::Conversations(&[place]), move |c| entries_of(c, &range)).await
+        })
+    }
+
+    fn tails(&self, conversations: Vec<(u32, Arc<str>)>, limit: u32) -> Answer<'_, Vec<Vec<LogEntry>>> {
+        Box::pin(async move {
+            let ranges = LogRange::tails(conversations.clone(), limit);
+            let read = move |c: &Connection| ranges.iter().map(|range| entries_of(c, range)).collect();
+            self.read(Concern::Conversations(&conversations), read).await
         })
     }
 
@@ -343,6 +359,17 @@ fn blob(row: &Row<'_>, column: usize) -> rusqlite::Result<Bytes> {
     Ok(Bytes::copy_from_slice(row.get_ref(column)?.as_blob()?))
 }
 
+fn entries_of(c: &Connection, range: &LogRange) -> rusqlite::Result<Vec<LogEntry>> {
+    let (compare, order) = if range.backward { ("<=", "DESC") } else { (">=", "ASC") };
+    let from = if range.backward && range.from == 0 { i64::MAX } else { int(range.from) };
+    let mut select = c.prepare_cached(&format!(
+        "SELECT {ENTRY} FROM log WHERE {OF_CONVERSATION} AND seq {compare} ?3 ORDER BY seq {order} LIMIT ?4"
+    ))?;
+    let limit = range.limit.min(ANSWER_ROWS_MAX);
+    let rows = select.query(params![range.shard, range.conversation, from, limit])?;
+    within(rows, range.bytes_max(), entry, |e| e.payload.len())
+}
+
 /// Takes rows until together they would exceed `bytes_max`; the first in any case.
 fn within<T>(
     mut rows: rusqlite::Rows<'_>,
@@ -370,8 +397,8 @@ fn scrub(c: &Connection, shard: u32, after: ScrubAt, limit: u32) -> rusqlite::Re
     let positions: Vec<u64> =
         select.query_map(behind, |row| Ok(row.get::<_, i64>(0)? as u64))?.collect::<Result<_, _>>()?;
     let mut select = c.prepare_cached(
-        "SELECT conversation, seq FROM log WHERE shard = ?1 AND (conversation, seq) > (?2, ?3)
-         ORDER BY conversation, seq LIMIT ?4",
+        "SELECT c.name, log.seq FROM conversation c CROSS JOIN log ON log.conversation = c.id
+         WHERE c.shard = ?1 AND c.name >= ?2 AND (c.name, log.seq) > (?2, ?3) ORDER BY c.name, log.seq LIMIT ?4",
     )?;
     let behind = params![shard, after.conversation, int(after.seq), scrub_limit(limit)];
     let place = |row: &Row<'_>| Ok((row.get_ref(0)?.as_str()?.into(), row.get::<_, i64>(1)? as u64));
@@ -405,16 +432,126 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
+fn migrate(connection: &mut Connection) -> Result<(), Box<dyn std::error::Error>> {
     let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     transaction.execute_batch("CREATE TABLE IF NOT EXISTS meta (k TEXT PRIMARY KEY, v INTEGER NOT NULL)")?;
     let done =
         transaction.query_row("SELECT v FROM meta WHERE k = 'version'", [], |r| r.get::<_, u32>(0)).optional()?;
-    for step in MIGRATIONS.iter().skip(done.unwrap_or(0) as usize) {
+    let (done, known) = (done.unwrap_or(0), MIGRATIONS.len() as u32);
+    if done > known {
+        return Err(format!(
+            "a newer release made its tables (version {done}, this one knows {known}); start that one"
+        )
+        .into());
+    }
+    for step in MIGRATIONS.iter().skip(done as usize) {
         transaction.execute_batch(step)?;
     }
-    // A newer release's version stays: its steps are additive, we can work with what they added.
-    let version = (MIGRATIONS.len() as u32).max(done.unwrap_or(0));
-    transaction.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?1)", [version])?;
-    transaction.commit()
+    transaction.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?1)", [known])?;
+    Ok(transaction.commit()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Put;
+    use super::*;
+
+    /// A place for a store that goes with the test.
+    struct Scratch(std::path::PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let directory = std::env::temp_dir().join(format!("im-store-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&directory).expect("a writable temporary directory");
+            Self(directory)
+        }
+
+        fn path(&self) -> std::path::PathBuf {
+            self.0.join("store.db")
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn entry(conversation: &str, seq: u64, pos: u64) -> LogEntry {
+        LogEntry {
+            conversation: conversation.into(),
+            seq,
+            pos,
+            key: format!("{conversation} {seq}").into_bytes().into(),
+            sender: "ann".into(),
+            device: "phone".into(),
+            kind: 0,
+            client_id: "".into(),
+            ts_ms: 7,
+            payload: Bytes::from_static(b"hello"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_of_an_earlier_release_is_taken_over() {
+        let scratch = Scratch::new("earlier");
+        let log = [entry("g/x", 1, 1), entry("g/y", 1, 2), entry("g/x", 2, 3)];
+        let file = Connection::open(scratch.path()).expect("a file");
+        file.execute_batch(MIGRATIONS[0]).expect("tables");
+        let meta = "CREATE TABLE meta (k TEXT PRIMARY KEY, v INTEGER NOT NULL); INSERT INTO meta VALUES ('version', 1)";
+        file.execute_batch(meta).expect("a table");
+        let me = MemberId::new("a", 1).expect("a good name");
+        file.execute("INSERT INTO shard VALUES (1, 1, ?1, 0)", [me.as_str()]).expect("a row");
+        for e in &log {
+            let row =
+                params![id(1, e.pos), e.conversation, e.seq as i64, &e.key[..], e.sender, e.device, &e.payload[..]];
+            file.execute("INSERT INTO log VALUES (?1, 1, ?2, ?3, ?4, ?5, ?6, 0, '', 7, ?7)", row).expect("a row");
+        }
+        drop(file);
+
+        let store = Sqlite::open(&scratch.path()).expect("an earlier file");
+        assert_eq!(store.since(1, 0, 10).await.expect("readable"), log);
+        assert_eq!(store.find(1, "g/x".into(), log[2].key.clone()).await.expect("readable"), Some(log[2].clone()));
+        let commit = |e: LogEntry| ShardBatch { shard: 1, epoch: 1, appends: vec![e], ..ShardBatch::default() };
+        let again = LogEntry { key: log[1].key.clone(), ..entry("g/y", 2, 4) };
+        let stored = store.commit(&me, vec![commit(again)]).await.expect("writable");
+        assert!(matches!(&stored[..], [Outcome::Duplicates(found)] if found[0].stored == log[1]), "{stored:?}");
+        assert_eq!(store.commit(&me, vec![commit(entry("g/y", 2, 4))]).await.expect("writable"), [Outcome::Committed]);
+        drop(store);
+        let store = Sqlite::open(&scratch.path()).expect("its own file");
+        assert_eq!(store.since(1, 3, 10).await.expect("readable"), [entry("g/y", 2, 4)]);
+        assert_eq!(store.scrub(1, ScrubAt::default(), 10).await.expect("readable"), Scrubbed::default());
+    }
+
+    #[test]
+    fn a_file_of_a_newer_release_is_refused() {
+        let scratch = Scratch::new("newer");
+        drop(Sqlite::open(&scratch.path()).expect("a fresh file"));
+        let file = Connection::open(scratch.path()).expect("a file");
+        file.execute("UPDATE meta SET v = v + 1 WHERE k = 'version'", []).expect("a row");
+        let refused = Sqlite::open(&scratch.path()).expect_err("unknown tables").to_string();
+        assert!(refused.contains("a newer release made its tables (version 3, this one knows 2)"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn numbers_of_conversations_that_were_rolled_back_are_not_used() {
+        let scratch = Scratch::new("rolled-back");
+        let me = MemberId::new("a", 1).expect("a good name");
+        let store = Sqlite::open(&scratch.path()).expect("a fresh file");
+        let claim = Claim { shard: 1, expected_epoch: 0, expected_owner: None };
+        store.acquire(&me, vec![claim]).await.expect("writable");
+        // A full file: the batch that makes a conversation is undone with it.
+        store.set_pages_max(1).await.expect("a bound");
+        let large = Put { key: "large".to_owned(), value: Some(vec![0; 1 << 20].into()) };
+        let batch =
+            |e: LogEntry, puts| ShardBatch { shard: 1, epoch: 1, appends: vec![e], puts, ..ShardBatch::default() };
+        store.commit(&me, vec![batch(entry("g/x", 1, 1), vec![large])]).await.expect_err("the file is full");
+        store.set_pages_max(u32::MAX - 1).await.expect("no bound");
+        for (name, pos) in [("g/y", 1), ("g/x", 2)] {
+            let stored = store.commit(&me, vec![batch(entry(name, 1, pos), Vec::new())]).await.expect("writable");
+            assert_eq!(stored, [Outcome::Committed]);
+        }
+        let log = store.since(1, 0, 10).await.expect("readable");
+        assert_eq!(log.iter().map(|e| &*e.conversation).collect::<Vec<_>>(), ["g/y", "g/x"]);
+    }
 }

@@ -14,7 +14,13 @@ use super::blob;
 use super::unflushed::Unflushed;
 
 /// A log row's columns, as [`entry`] reads them.
-pub(super) const ENTRY: &str = "conversation, seq, id, key, sender, device, kind, client_id, ts_ms, payload";
+pub(super) const ENTRY: &str = "(SELECT c.name FROM conversation c WHERE c.id = log.conversation),
+    seq, id, key, sender, device, kind, client_id, ts_ms, payload";
+/// That a log row is of conversation ?2 of shard ?1.
+pub(super) const OF_CONVERSATION: &str =
+    "conversation = (SELECT c.id FROM conversation c WHERE c.shard = ?1 AND c.name = ?2)";
+/// Numbers of conversations that the writer remembers.
+const KNOWN_MAX: usize = 1 << 16;
 
 /// The row id of (shard, pos).
 pub(super) fn id(shard: u32, pos: u64) -> i64 {
@@ -33,11 +39,15 @@ pub(super) struct Tables {
     pub(super) unflushed: Arc<Unflushed>,
     /// Rows as they are in the open transaction: each batch asks for its shard's.
     rows: HashMap<u32, ShardRow, foldhash::fast::RandomState>,
+    known: Known,
 }
+
+/// Numbers of some conversations, by shard and name.
+type Known = HashMap<(u32, Arc<str>), i64, foldhash::fast::RandomState>;
 
 impl Tables {
     pub(super) fn new(connection: Connection, unflushed: Arc<Unflushed>) -> Self {
-        Self { connection, unflushed, rows: HashMap::default() }
+        Self { connection, unflushed, rows: HashMap::default(), known: Known::default() }
     }
 
     /// Opens a transaction if none is open.
@@ -51,6 +61,7 @@ impl Tables {
     /// Undoes what is open. Some errors have done so already.
     pub(super) fn rollback(&mut self) -> rusqlite::Result<()> {
         self.rows.clear();
+        self.known.clear();
         if self.connection.is_autocommit() { Ok(()) } else { self.connection.execute_batch("ROLLBACK") }
     }
 
@@ -121,14 +132,13 @@ impl Tables {
         self.unflushed.mark(batch.shard, &batch.appends, &batch.puts);
         let c = &self.connection;
         let mut insert = c.prepare_cached(
-            "INSERT INTO log (id, shard, conversation, seq, key, sender, device, kind, client_id, ts_ms, payload)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+            "INSERT INTO log (id, conversation, seq, key, sender, device, kind, client_id, ts_ms, payload)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
         )?;
         for (index, e) in batch.appends.iter().enumerate() {
             let inserted = insert.execute(params![
                 id(batch.shard, e.pos),
-                batch.shard,
-                e.conversation,
+                number_of(c, &mut self.known, batch.shard, &e.conversation)?,
                 int(e.seq),
                 &e.key[..],
                 e.sender,
@@ -175,10 +185,31 @@ impl Tables {
     }
 }
 
+/// The number of a conversation, which has one from now on.
+fn number_of(c: &Connection, known: &mut Known, shard: u32, name: &Arc<str>) -> rusqlite::Result<i64> {
+    let key = (shard, name.clone());
+    if let Some(number) = known.get(&key) {
+        return Ok(*number);
+    }
+    let mut select = c.prepare_cached("SELECT id FROM conversation WHERE shard = ?1 AND name = ?2")?;
+    let number = match select.query_row(params![shard, name], |row| row.get(0)).optional()? {
+        Some(number) => number,
+        None => {
+            c.prepare_cached("INSERT INTO conversation (shard, name) VALUES (?1, ?2)")?
+                .execute(params![shard, name])?;
+            c.last_insert_rowid()
+        }
+    };
+    if known.len() >= KNOWN_MAX {
+        known.clear();
+    }
+    known.insert(key, number);
+    Ok(number)
+}
+
 /// Why a batch conflicts with what is stored (it was taken back already).
 fn refusal(c: &Connection, batch: &ShardBatch) -> rusqlite::Result<Outcome> {
-    let mut by_key =
-        c.prepare_cached(&format!("SELECT {ENTRY} FROM log WHERE shard = ?1 AND conversation = ?2 AND key = ?3"))?;
+    let mut by_key = c.prepare_cached(&format!("SELECT {ENTRY} FROM log WHERE {OF_CONVERSATION} AND key = ?3"))?;
     let mut duplicates = Vec::new();
     for (index, e) in batch.appends.iter().enumerate() {
         if let Some(stored) = by_key.query_row(params![batch.shard, e.conversation, &e.key[..]], entry).optional()? {
@@ -192,9 +223,9 @@ fn refusal(c: &Connection, batch: &ShardBatch) -> rusqlite::Result<Outcome> {
         return Ok(Outcome::Corrupt(why));
     }
     let mut by_place =
-        c.prepare_cached("SELECT 1 FROM log WHERE id = ?1 OR (shard = ?2 AND conversation = ?3 AND seq = ?4)")?;
+        c.prepare_cached(&format!("SELECT 1 FROM log WHERE id = ?3 OR ({OF_CONVERSATION} AND seq = ?4)"))?;
     for e in &batch.appends {
-        if by_place.exists(params![id(batch.shard, e.pos), batch.shard, e.conversation, int(e.seq)])? {
+        if by_place.exists(params![batch.shard, e.conversation, id(batch.shard, e.pos), int(e.seq)])? {
             return Ok(Outcome::Corrupt(place_taken(batch.shard, e)));
         }
     }

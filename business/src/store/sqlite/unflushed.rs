@@ -15,8 +15,8 @@ pub(super) enum Concern<'a> {
     Rows(&'a [u32]),
     /// The owners of all shards.
     AllRows,
-    /// A conversation's log.
-    Conversation(u32, &'a str),
+    /// The logs of some conversations, by shard and name.
+    Conversations(&'a [(u32, Arc<str>)]),
     /// A shard's log, and its watermark.
     Log(u32),
     /// The items whose keys start so.
@@ -46,7 +46,9 @@ impl Unflushed {
         match concern {
             Concern::Rows(shards) => shards.iter().any(|shard| marks.rows.contains(shard)),
             Concern::AllRows => !marks.rows.is_empty(),
-            Concern::Conversation(shard, id) => marks.conversations.get(&shard).is_some_and(|ids| ids.contains(id)),
+            Concern::Conversations(places) => {
+                places.iter().any(|(shard, id)| marks.conversations.get(shard).is_some_and(|ids| ids.contains(id)))
+            }
             Concern::Log(shard) => marks.conversations.contains_key(&shard) || marks.rows.contains(&shard),
             Concern::Items(shard, prefix) => marks.items.get(&shard).is_some_and(|keys| {
                 keys.range::<str, _>((Bound::Included(prefix), Bound::Unbounded))

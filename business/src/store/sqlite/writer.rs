@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use im_proto::ids::MemberId;
 use im_proto::store as pb;
+use parking_lot::Mutex;
 use prost::Message;
 use rusqlite::{Connection, ffi};
 use tokio::runtime::Runtime;
@@ -22,6 +23,7 @@ use super::super::server::wire;
 use super::super::{Acquired, Claim, Outcome, Released, ShardBatch, StoreError, TRANSACTIONS, malformed};
 use super::Read;
 use super::journal::Journal;
+use super::record::encode_commit;
 use super::tables::Tables;
 
 /// Rows that one group takes, a request beyond it waits for the next.
@@ -128,8 +130,8 @@ impl Write {
         Ok(())
     }
 
-    /// What the journal keeps of it.
-    fn to_record(&self) -> Option<pb::journal_record::Change> {
+    /// Appends what the journal keeps of it.
+    fn record(&self, record: &mut Vec<u8>) {
         use pb::journal_record::change::Change;
         let change = match self {
             Self::Acquire(Pending { question: (me, claims), .. }) => Change::Acquire(pb::AcquireRequest {
@@ -139,13 +141,11 @@ impl Write {
             Self::Release(Pending { question: (me, shards), .. }) => {
                 Change::Release(pb::ReleaseRequest { me: me.to_string(), shards: wire::held_to(shards.clone()) })
             }
-            Self::Commit(Pending { question: (me, batches), .. }) => Change::Commit(pb::CommitRequest {
-                me: me.to_string(),
-                batches: batches.iter().cloned().map(wire::batch_to).collect(),
-            }),
-            _ => return None,
+            Self::Commit(Pending { question: (me, batches), .. }) => return encode_commit(record, me, batches),
+            _ => return,
         };
-        Some(pb::journal_record::Change { change: Some(change) })
+        let changes = vec![pb::journal_record::Change { change: Some(change) }];
+        record.extend(pb::JournalRecord { changes }.encode_to_vec());
     }
 
     fn of_record(change: pb::journal_record::Change) -> Result<Self, tonic::Status> {
@@ -202,6 +202,8 @@ struct Trouble {
 pub(super) struct Writer {
     tables: Tables,
     journal: Journal,
+    /// The group's, to be appended.
+    record: Vec<u8>,
     requests: mpsc::Receiver<Write>,
     /// For waiting with a deadline.
     runtime: Runtime,
@@ -232,6 +234,7 @@ impl Writer {
         let mut writer = Self {
             tables,
             journal: Journal::open(path, flushed)?,
+            record: Vec::new(),
             requests,
             runtime: tokio::runtime::Builder::new_current_thread().enable_time().build()?,
             flush_at: None,
@@ -327,11 +330,11 @@ impl Writer {
         if let Err(error) = applied {
             return Err(self.undo(&error));
         }
-        let changes: Vec<_> = group.iter().filter_map(Write::to_record).collect();
-        if !changes.is_empty() {
-            let record = pb::JournalRecord { changes }.encode_to_vec();
-            if self.journal.has_room(record.len()) {
-                if let Err(error) = self.journal.append(&record) {
+        self.record.clear();
+        group.iter().for_each(|write| write.record(&mut self.record));
+        if !self.record.is_empty() {
+            if self.journal.has_room(self.record.len()) {
+                if let Err(error) = self.journal.append(&self.record) {
                     end(&error, "writing the journal");
                 }
             } else {
@@ -390,7 +393,7 @@ impl Writer {
         self.tables.unflushed.clear();
         (self.flush_at, self.rows_open) = (None, 0);
         self.progress.committed.store(number, Ordering::Release);
-        // Before the syncer is woken: of two checkpoints at once one does nothing.
+        // Before the syncer is woken, which would be in the way.
         self.bound_wal();
         // Woken already or gone at the end: both fine.
         let _ = self.wake.try_send(());
@@ -439,8 +442,13 @@ impl Writer {
         match checkpoint(&self.tables.connection, "NOOP") {
             Ok((pages, moved)) => {
                 let rest = pages - moved.min(pages);
-                if pages >= WAL_PAGES_MAX
-                    && (rest < WAL_REST_PAGES || pages >= WAL_PAGES_LIMIT)
+                // Of two checkpoints at once one does nothing: beyond the limit this one waits for the other, and so do those who write.
+                let turn = match pages {
+                    WAL_PAGES_LIMIT.. => Some(self.progress.checkpoints.lock()),
+                    WAL_PAGES_MAX.. if rest < WAL_REST_PAGES => self.progress.checkpoints.try_lock(),
+                    _ => None,
+                };
+                if turn.is_some()
                     && let Err(error) = checkpoint(&self.tables.connection, "PASSIVE")
                 {
                     end_if_unsafe(&error, "checkpointing");
@@ -459,6 +467,8 @@ struct Progress {
     committed: AtomicU64,
     /// And synced, so that the journal may forget them.
     durable: AtomicU64,
+    /// Held by whoever moves pages of the write-ahead log to the file.
+    checkpoints: Mutex<()>,
 }
 
 /// Makes commits durable behind the writer's back, and moves the log's pages to the file.
@@ -492,6 +502,7 @@ impl Syncer {
             progress.durable.fetch_max(committed, Ordering::AcqRel);
             let moved = checkpoint(&connection, "NOOP").and_then(|(pages, moved)| {
                 let is_due = pages >= WAL_PAGES_MAX || pages - moved.min(pages) >= WAL_BACKLOG_PAGES;
+                let _turn = is_due.then(|| progress.checkpoints.lock());
                 if is_due { checkpoint(&connection, "PASSIVE").map(drop) } else { Ok(()) }
             });
             if let Err(error) = moved {

@@ -1,8 +1,9 @@
 //! The limits: what one process does with the same rows and the same durability when it does nothing else.
 //!
-//! The same on both sides: the rows (those that the system stored), their order, the tables and indexes, WAL with synchronous = FULL, and
+//! The same on both sides: the rows (those that the system stored), their order, their two keys, WAL with synchronous = FULL, and
 //! checkpoints, which are taken whenever the write-ahead log has 64 MiB and count. What the system writes besides its log (index rows,
-//! marks, cursors) is left out of the bare loop: it is the system's own cost.
+//! marks, cursors) is left out of the bare loop: it is the system's own cost. How it stores the rows is the system's own, too: the bare
+//! loop has one plain table ([`TABLE`]), the same for all releases.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -41,8 +42,8 @@ pub struct Row {
 pub fn rows_of(recorded: &Path, stored_ms: Range<i64>) -> Outcome<Vec<Row>> {
     let recorded = Connection::open(recorded)?;
     let mut select = recorded.prepare(
-        "SELECT shard, id & ((1 << 40) - 1), conversation, seq, key, sender, device, kind, client_id, ts_ms, payload
-         FROM log WHERE ts_ms >= ?1 AND ts_ms < ?2 ORDER BY ts_ms, id",
+        "SELECT c.shard, log.id & ((1 << 40) - 1), c.name, seq, key, sender, device, kind, client_id, ts_ms, payload
+         FROM log JOIN conversation c ON c.id = log.conversation WHERE ts_ms >= ?1 AND ts_ms < ?2 ORDER BY ts_ms, log.id",
     )?;
     let rows = select.query_map([stored_ms.start, stored_ms.end], |row| {
         Ok(Row {
@@ -62,19 +63,34 @@ pub fn rows_of(recorded: &Path, stored_ms: Range<i64>) -> Outcome<Vec<Row>> {
     Ok(rows.collect::<Result<Vec<Row>, _>>()?)
 }
 
-/// A database with the tables of `recorded` and nothing in them, in the state of a store that has run for long: its write-ahead log has
-/// its full length (a file that grows costs a journal commit with each fsync), and starts over when it is full.
-fn empty_copy(recorded: &Path, path: &Path) -> Outcome<Connection> {
+/// Where the bare loop puts its rows.
+const TABLE: &str = "
+    CREATE TABLE log (
+        id INTEGER PRIMARY KEY,
+        shard INTEGER NOT NULL,
+        conversation TEXT NOT NULL,
+        seq INTEGER NOT NULL,
+        key BLOB NOT NULL,
+        sender TEXT NOT NULL,
+        device TEXT NOT NULL,
+        kind INTEGER NOT NULL,
+        client_id TEXT NOT NULL,
+        ts_ms INTEGER NOT NULL,
+        payload BLOB NOT NULL
+    );
+    CREATE UNIQUE INDEX log_seq ON log (shard, conversation, seq);
+    CREATE UNIQUE INDEX log_key ON log (shard, conversation, key);
+";
+
+/// A database with an empty table, in the state of a store that has run for long: its write-ahead log has its full length (a file that
+/// grows costs a journal commit with each fsync), and starts over when it is full.
+fn empty_table(path: &Path) -> Outcome<Connection> {
     let database = Connection::open(path)?;
     database.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
     database.pragma_update(None, "synchronous", "FULL")?;
     database.pragma_update(None, "cache_size", -16 * 1024)?;
     database.pragma_update_and_check(None, "wal_autocheckpoint", WAL_PAGES_MAX, |_| Ok(()))?;
-    let recorded = Connection::open(recorded)?;
-    let mut tables = recorded.prepare("SELECT sql FROM sqlite_master WHERE tbl_name = 'log' AND sql IS NOT NULL")?;
-    for sql in tables.query_map([], |row| row.get::<_, String>(0))? {
-        database.execute_batch(&sql?)?;
-    }
+    database.execute_batch(TABLE)?;
     database.execute_batch("CREATE TABLE filler (x BLOB); INSERT INTO filler VALUES (zeroblob(64 << 20))")?;
     database.query_row("PRAGMA wal_checkpoint(RESTART)", [], |_| Ok(()))?;
     Ok(database)
@@ -123,7 +139,7 @@ fn cut<'a>(mut rows: &'a [Row], transactions: &[usize]) -> Outcome<Vec<&'a [Row]
 pub fn replay_sqlite(recorded: &Path, copy: &Path, transactions: &[usize]) -> Outcome<f64> {
     let rows = rows_of(recorded, 0..i64::MAX)?;
     let batches = cut(&rows, transactions)?;
-    let database = empty_copy(recorded, copy)?;
+    let database = empty_table(copy)?;
     let start = Instant::now();
     for batch in batches {
         insert(&database, batch)?;
@@ -189,15 +205,10 @@ pub async fn replay_postgres(url: &str, transactions: &[usize]) -> Outcome<f64> 
 const RECORD_BYTES: usize = 128;
 
 /// A socket, and behind it one thread that stores all that came in with one transaction and then answers it: how long a message
-/// takes at a constant rate. The rows are those of the system under test (`recorded` gives the table), in their order.
-pub fn group_commit_round_trip(
-    rows: Vec<Row>,
-    recorded: &Path,
-    copy: &Path,
-    per_second: u64,
-) -> Outcome<Histogram<u64>> {
+/// takes at a constant rate. The rows are those of the system under test, in their order.
+pub fn group_commit_round_trip(rows: Vec<Row>, copy: &Path, per_second: u64) -> Outcome<Histogram<u64>> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    let database = empty_copy(recorded, copy)?;
+    let database = empty_table(copy)?;
     let mut stream = TcpStream::connect(listener.local_addr()?)?;
     stream.set_nodelay(true)?;
     let (server, _) = listener.accept()?;

@@ -114,10 +114,9 @@ pub async fn steady(bench: &Bench, table: &mut Table, seconds: u64) -> Outcome {
         (format!("{PEERS} peers each"), &with_peers, Wanted::AtMost(3.0)),
         ("random pairs".to_owned(), &random_pairs, Wanted::Shown),
     ] {
-        let (recorded, copy) = (recorded.clone(), folder.join(format!("{name}.sqlite")));
+        let copy = folder.join(format!("{name}.sqlite"));
         let rows = bare::rows_of(&recorded, ours.ran_ms.clone())?;
-        let bare =
-            tokio::task::spawn_blocking(move || bare::group_commit_round_trip(rows, &recorded, &copy, RATE)).await??;
+        let bare = tokio::task::spawn_blocking(move || bare::group_commit_round_trip(rows, &copy, RATE)).await??;
         for (at, quantile, path, wanted) in
             [("p50", 0.5, "/ackMillis/p50", Wanted::Shown), ("p99", 0.99, "/ackMillis/p99", Wanted::AtMost(3.0))]
         {
