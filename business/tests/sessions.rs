@@ -229,6 +229,25 @@ fn a_session_is_there_until_its_time_is_over() {
 }
 
 #[test]
+fn a_session_that_its_own_connection_began_was_not_there_before() {
+    let row = SessionRow { expiry_s: 600, connections: 1, ..SessionRow::default() };
+    let empty = UserRows { sessions: vec![("phone".to_owned(), row.encode_to_vec().into())], ..UserRows::default() };
+    for (rows, again, is_present) in
+        [(&empty, true, false), (&empty, false, true), (&ann_with_a_cursor(1_000), true, true)]
+    {
+        let mut core = owner();
+        tick(&mut core, 2_000);
+        let connect = Register { user: "ann".into(), device: "phone".into(), expiry_s: 600, ..Register::default() };
+        ask(&mut core, at_ms(2_000), 1, again, body::Body::Register(connect));
+        let done = run(&mut core, at_ms(2_000), Some(rows));
+        stored(&mut core, at_ms(2_000), done.commits[0].0);
+        let answered = run(&mut core, at_ms(2_000), Some(rows)).replies.pop().and_then(|reply| reply.outcome);
+        let Some(Outcome::Registered(registered)) = &answered else { panic!("{answered:?}") };
+        assert_eq!(registered.session_present, is_present, "asked again: {again}, {rows:?}");
+    }
+}
+
+#[test]
 fn a_clean_start_begins_with_nothing() {
     let rows = ann_with_a_cursor(1_000);
     let connect = Register { clean_start: true, expiry_s: 600, ..Register::default() };

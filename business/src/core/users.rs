@@ -463,7 +463,12 @@ impl OwnedShard {
         device.live = None;
         let register = &registering.register;
         let had_row = device.row.is_some();
-        let kept = device.row.as_ref().filter(|row| !register.clean_start && !is_expired(row, now_ms));
+        // What was asked of the last owner may be stored: an empty session may be this very one, which the client then knows nothing of.
+        let may_be_own = |row: &SessionRow| {
+            registering.to.again && !row.subscribed && row.taken.is_empty() && device.cursors.is_empty()
+        };
+        let kept = device.row.as_ref();
+        let kept = kept.filter(|row| !register.clean_start && !is_expired(row, now_ms) && !may_be_own(row));
         device.connections += 1;
         let row = SessionRow {
             connections: device.connections,
