@@ -202,7 +202,8 @@ async fn a_hot_shard_and_its_neighbours_part() -> TestResult {
         let neighbours = |world: &World| {
             let owners = world.owners(CLUSTER)?;
             let hot = owners.get(shard)?.clone()?;
-            Some(owners.iter().filter(|owner| owner.as_deref() == Some(&hot)).count() - 1)
+            let is_neighbour = |other: &usize| *other != shard && owners[*other].as_deref() == Some(&hot);
+            Some((0..owners.len()).filter(is_neighbour).collect::<BTreeSet<usize>>())
         };
         let before = neighbours(&scene.world).ok_or("the loud conversation's shard has no owner")?;
 
@@ -217,8 +218,9 @@ async fn a_hot_shard_and_its_neighbours_part() -> TestResult {
         .await?;
         println!("all load, and the fullest member's beside the mean: {loads:.2?}");
         let after = neighbours(&scene.world).ok_or("the loud conversation's shard has no owner")?;
-        println!("the loud conversation's shard {shard} had {before} neighbours, it has {after} now");
-        ensure(after < before, || "the loud conversation's shard kept its neighbours".to_owned())?;
+        println!("the loud conversation's shard {shard} had the neighbours {before:?}, it has {after:?} now");
+        // Others may have come: what counts is that it parted from some of those whose load was too much beside its own.
+        ensure(!before.is_subset(&after), || "the loud conversation's shard kept its neighbours".to_owned())?;
         drop(loud);
         scene.flow(200).await
     })
