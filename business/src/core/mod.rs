@@ -89,7 +89,7 @@ impl Default for Limits {
             parked_max: 100_000,
             notify_window: 2_048,
             commits_max: 2,
-            commit_spacing: Duration::from_millis(10),
+            commit_spacing: Duration::from_millis(5),
             commit_ops_max: 4_096,
             commit_bytes_max: 4 << 20,
             cached_max: 200_000,
