@@ -427,6 +427,7 @@ fn a_batch_goes_to_the_socket_when_nothing_waits_before_it() {
 #[test]
 fn others_write_for_the_task_only_what_comes_next() {
     let mut driven = Driven::subscribed(Version::V5);
+    assert!(driven.packets().is_empty(), "the task has written what it took");
     driven.deliver(1);
     driven.deliver(2);
     let mut written = Vec::new();
