@@ -254,15 +254,12 @@ impl Hub {
     /// What a socket does not take, what is not plain TCP, and what would keep others waiting is left to the tasks.
     fn write_out(self: &Arc<Self>, touched: Touched) {
         for (index, connection) in touched.iter().enumerate() {
-            let is_left = index >= WRITES_AT_ONCE
-                || self
-                    .with_quietly(connection, |session, now_ms, effects| {
-                        session.write_out(now_ms, effects, |slices| connection.try_write(slices));
-                    })
-                    .1;
-            if is_left {
-                connection.waker.wake();
-            }
+            let event = |session: &mut Session, now_ms, effects: &mut Effects| {
+                if index < WRITES_AT_ONCE {
+                    session.write_out(now_ms, effects, |slices| connection.try_write(slices));
+                }
+            };
+            self.with(connection, event);
         }
     }
 

@@ -502,8 +502,11 @@ impl Syncer {
             progress.durable.fetch_max(committed, Ordering::AcqRel);
             let moved = checkpoint(&connection, "NOOP").and_then(|(pages, moved)| {
                 let is_due = pages >= WAL_PAGES_MAX || pages - moved.min(pages) >= WAL_BACKLOG_PAGES;
-                let _turn = is_due.then(|| progress.checkpoints.lock());
-                if is_due { checkpoint(&connection, "PASSIVE").map(drop) } else { Ok(()) }
+                if !is_due {
+                    return Ok(());
+                }
+                let _turn = progress.checkpoints.lock();
+                checkpoint(&connection, "PASSIVE").map(drop)
             });
             if let Err(error) = moved {
                 end_if_unsafe(&error, "checkpointing");
