@@ -72,6 +72,9 @@ pub struct ServeConfig {
     /// The file that holds it instead.
     #[serde(default)]
     pub store_url_file: Option<PathBuf>,
+    /// PEM file with the authorities that a PostgreSQL server's certificate may be from; with it TLS is a must.
+    #[serde(default)]
+    pub store_ca_file: Option<PathBuf>,
     /// What links must present, and what is presented to control.
     #[serde(default)]
     pub link_token: Option<String>,

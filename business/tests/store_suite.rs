@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::future::join_all;
+use futures::future::{join_all, try_join_all};
 use im_business::store::memory::MemoryStore;
 use im_business::store::postgres::Postgres;
 use im_business::store::remote::Remote;
@@ -28,6 +28,7 @@ use im_proto::ids::MemberId;
 use im_proto::token::SharedToken;
 use parking_lot::Mutex;
 use postgres_server::PostgresServer;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -747,7 +748,7 @@ async fn a_remote_commit_cut_off_is_of_unknown_outcome() {
 // ---------------------------------------------------------------------------------------------------------------------------------
 
 async fn postgres(url: &str, me: &MemberId) -> Party {
-    Party::new(me, Arc::new(Postgres::open(url, me).await.unwrap()))
+    Party::new(me, Arc::new(Postgres::open(url, None, me).await.unwrap()))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -764,7 +765,115 @@ async fn postgres_passes_the_suite() {
 async fn postgres_that_may_lose_commits_is_not_opened() {
     let server = PostgresServer::start().unwrap();
     let url = format!("{}?options=-c%20synchronous_commit%3Doff", server.url());
-    assert!(matches!(Postgres::open(&url, &members().0).await, Err(OpenError::NotDurable)));
+    assert!(matches!(Postgres::open(&url, None, &members().0).await, Err(OpenError::NotDurable)));
+}
+
+/// A certificate authority, and a server's certificate and key from it.
+struct Issued {
+    authority: String,
+    certificate: String,
+    key: String,
+}
+
+fn issued(server: &str) -> Issued {
+    let mut authority = CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let (authority_key, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+    let authority = CertifiedIssuer::self_signed(authority, authority_key).unwrap();
+    let certificate = CertificateParams::new(vec![server.to_owned()]).unwrap().signed_by(&key, &authority).unwrap();
+    Issued { authority: authority.pem(), certificate: certificate.pem(), key: key.serialize_pem() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_is_reached_over_tls_as_its_url_asks() {
+    let server = PostgresServer::start().unwrap();
+    let (ours, strangers) = (issued("localhost"), issued("localhost"));
+    server.take_certificate(&ours.certificate, &ours.key).unwrap();
+    let (hand, connection) = tokio_postgres::connect(&server.url(), tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    hand.batch_execute("ALTER SYSTEM SET ssl = on").await.unwrap();
+    hand.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    until("it has TLS", async || {
+        let url = format!("{}?sslmode=require", server.url());
+        Postgres::open(&url, None, &members().0).await.is_ok()
+    })
+    .await;
+    let directory = std::env::temp_dir().join(format!("im-authorities-{}", std::process::id()));
+    std::fs::create_dir(&directory).unwrap();
+    let files = [("ours", ours.authority), ("strangers", strangers.authority), ("nobodys", String::new())];
+    let [ours, strangers, nobodys] = files.map(|(name, pem)| {
+        let path = directory.join(name);
+        std::fs::write(&path, pem).unwrap();
+        path
+    });
+
+    // By its name the certificate is for localhost, and not for 127.0.0.1.
+    let named = server.url().replace("127.0.0.1", "localhost");
+    for (number, (url, authorities, expected)) in [
+        (server.url(), None, Ok(true)),
+        (format!("{}?sslmode=disable", server.url()), None, Ok(false)),
+        (named.clone(), Some(&ours), Ok(true)),
+        (format!("{named}?sslmode=verify-full"), Some(&ours), Ok(true)),
+        (format!("{}?sslmode=verify-ca", server.url()), Some(&ours), Ok(true)),
+        (server.url(), Some(&ours), Err("not valid for name")),
+        (named.clone(), Some(&strangers), Err("invalid peer certificate")),
+        (format!("{}?sslmode=verify-ca", server.url()), Some(&strangers), Err("invalid peer certificate")),
+        (format!("{named}?sslmode=verify-full"), None, Err("certificate")),
+        (named.clone(), Some(&nobodys), Err("there is no certificate in it")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let me = MemberId::new("tls", number as u64).unwrap();
+        let opened = Postgres::open(&url, authorities.map(PathBuf::as_path), &me).await;
+        match (opened, expected) {
+            (Ok(store), Ok(encrypted)) => {
+                let party = Party::new(&me, Arc::new(store));
+                party.take_new(number as u32 + 1).await;
+                let of = "SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = $1";
+                let over_tls = hand.query_one(of, &[&me.as_str()]).await.unwrap().get::<_, bool>(0);
+                assert_eq!(over_tls, encrypted, "{url}");
+            }
+            (Err(error), Err(words)) => {
+                assert!(error.to_string().contains(words), "{url} with {authorities:?}: {error}");
+            }
+            (opened, _) => panic!("{url} with {authorities:?}: {:?}", opened.err()),
+        }
+    }
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// What needs another connection waits for one that there is, and more are made again when the database takes them.
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_may_take_no_more_connections() {
+    let server = PostgresServer::start().unwrap();
+    let (hand, connection) = tokio_postgres::connect(&server.url(), tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    for statement in ["CREATE ROLE chat LOGIN CONNECTION LIMIT 2", "CREATE DATABASE chat OWNER chat"] {
+        hand.batch_execute(statement).await.unwrap();
+    }
+    let (me, _) = members();
+    let chat = postgres(&server.url().replace("postgres@", "chat@").replace("/postgres", "/chat"), &me).await;
+    chat.take_new(1).await;
+    let connections = async || {
+        let of = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1";
+        hand.query_one(of, &[&me.as_str()]).await.unwrap().get::<_, i64>(0)
+    };
+    let all_at_once = async || {
+        let reads = (0..40).map(|_| chat.store.shards());
+        try_join_all(reads).await.map(|rows| assert_eq!(rows.len(), 40))
+    };
+    all_at_once().await.expect("by two connections, one after the other");
+    assert_eq!(connections().await, 2);
+    let stored = chat.commit_one(appends(1, 1, vec![entry("g/x", 1, 1, "k", b"m")])).await;
+    assert_eq!(stored, Outcome::Committed);
+
+    hand.batch_execute("ALTER ROLE chat CONNECTION LIMIT 8").await.unwrap();
+    until("more are made", async || {
+        all_at_once().await.expect("all are answered meanwhile, too");
+        connections().await > 4
+    })
+    .await;
 }
 
 /// A stopped process leaves its transaction open and its row locked.

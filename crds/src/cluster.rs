@@ -341,12 +341,20 @@ impl Default for Storage {
 /// How to reach PostgreSQL.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [{
-    "rule": "[has(self.url), has(self.urlFile), has(self.urlSecret)].filter(present, present).size() == 1",
-    "message": "set exactly one of: url, urlFile, urlSecret"
-}]))]
+#[schemars(extend("x-kubernetes-validations" = [
+    {
+        "rule": "[has(self.url), has(self.urlFile), has(self.urlSecret)].filter(present, present).size() == 1",
+        "message": "set exactly one of: url, urlFile, urlSecret"
+    },
+    {
+        "rule": "!(has(self.caFile) && has(self.caSecret))",
+        "message": "set at most one of: caFile, caSecret"
+    }
+]))]
 pub struct Postgres {
-    /// Connection URL, `postgres://user@host/database`. Keep passwords out of it: use `urlFile` or `urlSecret`.
+    /// Connection URL, `postgres://user@host/database`. Keep passwords out of it: use `urlFile` or `urlSecret`. `sslmode` in it
+    /// means what it means to libpq: `disable`, `prefer` (the default) and `require` verify nothing, `verify-ca` the chain of
+    /// certificates, `verify-full` the host's name, too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub url: Option<String>,
@@ -357,6 +365,14 @@ pub struct Postgres {
     /// Secret that holds the connection URL, on Kubernetes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub url_secret: Option<SecretKey>,
+    /// PEM file with the certificates of the authorities that the server's own certificate may be from. With it TLS is a must and
+    /// `sslmode=verify-full` the default. Left out: the system's, for the modes that verify.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub ca_file: Option<String>,
+    /// Secret with what `caFile` would hold, on Kubernetes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret: Option<SecretKey>,
 }
 
 /// The tier that holds client connections.

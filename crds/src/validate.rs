@@ -157,6 +157,8 @@ impl ImCluster {
             fields.extend([
                 ("spec.storage.postgres.urlFile", postgres.url_file.is_some(), "urlSecret"),
                 ("spec.storage.postgres.urlSecret", postgres.url_secret.is_some(), "urlFile"),
+                ("spec.storage.postgres.caFile", postgres.ca_file.is_some(), "caSecret"),
+                ("spec.storage.postgres.caSecret", postgres.ca_secret.is_some(), "caFile"),
             ]);
         }
         for (path, present, instead) in fields.into_iter().filter(|(_, present, _)| *present) {
@@ -320,6 +322,10 @@ fn check_postgres(checker: &mut Checker, postgres: &Postgres) {
     let ways = [postgres.url.is_some(), postgres.url_file.is_some(), postgres.url_secret.is_some()];
     let one = ways.into_iter().filter(|present| *present).count() == 1;
     checker.require(one, "spec.storage.postgres", "set exactly one of: url, urlFile, urlSecret");
+    checker.filled("spec.storage.postgres.caFile", postgres.ca_file.as_deref());
+    checker.secret("spec.storage.postgres.caSecret", postgres.ca_secret.as_ref());
+    let both = postgres.ca_file.is_some() && postgres.ca_secret.is_some();
+    checker.require(!both, "spec.storage.postgres", "set at most one of: caFile, caSecret");
 }
 
 fn check_access(checker: &mut Checker, cluster: &ImCluster) {

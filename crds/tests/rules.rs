@@ -95,6 +95,11 @@ fn rust_and_cel_refuse_the_same_in_the_same_words() {
             "set exactly one of: jwksFile, jwksSecret, keysFile, keysSecret",
         ),
         (with("storage: {postgres: {}}"), "spec.storage.postgres", "set exactly one of: url, urlFile, urlSecret"),
+        (
+            with("storage: {postgres: {url: 'postgres://h', caFile: a, caSecret: {name: a, key: b}}}"),
+            "spec.storage.postgres",
+            "set at most one of: caFile, caSecret",
+        ),
         (with("access: {}"), "spec.access", "no client could connect"),
         (with("access: {mqtt: {address: ''}}"), "spec.access.mqtt.address", "write IP:PORT"),
         (with("access: {mqtt: {address: 'localhost:1883'}}"), "spec.access.mqtt.address", "write IP:PORT"),
@@ -287,7 +292,7 @@ fn each_place_refuses_what_it_can_not_have() {
         cluster.validate_at(place).iter().map(Violation::to_string).collect()
     };
     let files = format!(
-        "{}\n  serviceTokenFile: t\n  access: {{tls: {{address: '1.2.3.4:1', certFile: c, keyFile: k}}}}\n  storage: {{postgres: {{urlFile: u}}}}",
+        "{}\n  serviceTokenFile: t\n  access: {{tls: {{address: '1.2.3.4:1', certFile: c, keyFile: k}}}}\n  storage: {{postgres: {{urlFile: u, caFile: a}}}}",
         with_auth("{jwt: {jwksFile: j}}").trim_end()
     );
     assert_eq!(at(&files, Place::Machine), [""; 0]);
@@ -298,12 +303,14 @@ fn each_place_refuses_what_it_can_not_have() {
             "spec.auth.jwt.jwksFile: a pod does not have this file: put it into a Secret and use jwksSecret",
             "spec.access.tls.certFile: a pod does not have this file: put it into a Secret and use secretName",
             "spec.storage.postgres.urlFile: a pod does not have this file: put it into a Secret and use urlSecret",
+            "spec.storage.postgres.caFile: a pod does not have this file: put it into a Secret and use caSecret",
         ]
     );
     let secrets = files
         .replace("jwksFile: j", "jwksSecret: {name: j, key: k}")
         .replace("certFile: c, keyFile: k", "secretName: c")
         .replace("urlFile: u", "urlSecret: {name: u, key: k}")
+        .replace("caFile: a", "caSecret: {name: a, key: k}")
         .replace("serviceTokenFile: t", "serviceTokenSecret: {name: t, key: k}");
     assert_eq!(at(&secrets, Place::Kubernetes), [""; 0]);
     assert_eq!(
@@ -313,6 +320,7 @@ fn each_place_refuses_what_it_can_not_have() {
             "spec.auth.jwt.jwksSecret: there are no Secrets without Kubernetes: use jwksFile",
             "spec.access.tls.secretName: there are no Secrets without Kubernetes: use certFile and keyFile",
             "spec.storage.postgres.urlSecret: there are no Secrets without Kubernetes: use urlFile",
+            "spec.storage.postgres.caSecret: there are no Secrets without Kubernetes: use caFile",
         ]
     );
     for name in ["a-name-that-is-far-too-long-for-pods", "chat.room", "1chat", "chat-"] {

@@ -20,7 +20,7 @@ pub mod sqlite;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -406,6 +406,14 @@ pub enum OpenError {
         /// What went wrong.
         reason: String,
     },
+    /// The authorities that the database's certificate may be from can't be used.
+    #[error("cannot use the certificates of {of}: {reason}; give a PEM file with those of the authorities")]
+    Authorities {
+        /// The file, or the system.
+        of: String,
+        /// What went wrong.
+        reason: String,
+    },
     /// The database would acknowledge what it can still lose.
     #[error(
         "the database runs with synchronous_commit = off, which loses acknowledged messages; set it to on (or remote_apply) for this user"
@@ -413,14 +421,19 @@ pub enum OpenError {
     NotDurable,
 }
 
-/// Opens a store. `me` is whom the database is to know this process as; `token` is what a store member asks for. (It is not a
-/// part of the URL: that is visible to everybody in `ps`.)
-pub async fn open(spec: &StoreSpec, token: SharedToken, me: &MemberId) -> Result<Arc<dyn Store>, OpenError> {
+/// Opens a store. `me` is whom the database is to know this process as; `token` is what a store member asks for (it is not a
+/// part of the URL: that is visible to everybody in `ps`); `ca_file` has the authorities that the database's certificate may be from.
+pub async fn open(
+    spec: &StoreSpec,
+    token: SharedToken,
+    ca_file: Option<&Path>,
+    me: &MemberId,
+) -> Result<Arc<dyn Store>, OpenError> {
     Ok(match spec {
         StoreSpec::Memory => Arc::new(memory::MemoryStore::default()),
         StoreSpec::Sqlite(path) => Arc::new(sqlite::Sqlite::open(path)?),
         StoreSpec::Remote { endpoint } => Arc::new(remote::Remote::new(endpoint, token)?),
-        StoreSpec::Postgres(url) => Arc::new(postgres::Postgres::open(url, me).await?),
+        StoreSpec::Postgres(url) => Arc::new(postgres::Postgres::open(url, ca_file, me).await?),
     })
 }
 

@@ -56,6 +56,19 @@ impl PostgresServer {
         url_at(self.port)
     }
 
+    /// Puts a certificate and its key, both PEM, where the server looks for them when `ssl` is on.
+    pub fn take_certificate(&self, certificate: &str, key: &str) -> Result<(), String> {
+        for (name, pem) in [("server.crt", certificate), ("server.key", key)] {
+            let path = self.directory.join("data").join(name);
+            std::fs::write(&path, pem).map_err(|e| failed("write a certificate", &e))?;
+            run(Command::new("chmod").arg("600").arg(&path))?;
+            if let Some(user) = other_user()? {
+                run(Command::new("chown").arg(user).arg(&path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Stops the processes that serve connections: what is asked of them stays in flight until [`Self::stop`], which ends them so.
     pub fn freeze(&self) -> Result<(), String> {
         let Some(running) = &self.running else { return Err("PostgreSQL does not run".to_owned()) };

@@ -12,6 +12,7 @@ use kube::{
     ResourceExt,
     api::{Patch, PatchParams},
 };
+use rcgen::{CertificateParams, KeyPair};
 use serde_json::{Value, json};
 use tokio_postgres::NoTls;
 
@@ -63,6 +64,22 @@ impl Postgres {
         Ok(format!("postgres://{role}:{password}@{host}/{role}"))
     }
 
+    /// Has it speak TLS. Gives the certificate, which is its own authority.
+    async fn with_tls(&self) -> TestResult<String> {
+        let (_, rest) = self.url.split_once('@').ok_or("IM_E2E_POSTGRES has no credentials")?;
+        let (host, _) = rest.split_once(':').ok_or("IM_E2E_POSTGRES has no port")?;
+        let key = KeyPair::generate()?;
+        let certificate = CertificateParams::new(vec![host.to_owned()])?.self_signed(&key)?.pem();
+        let write = |file: &str, pem: &str| {
+            let encoded = format!("translate(encode(convert_to('{pem}', 'UTF8'), 'base64'), e'\n', '')");
+            format!("copy (select {encoded}) to program 'base64 -d >{file} && chmod 600 {file}'")
+        };
+        let on = ["alter system set ssl = on", "select pg_reload_conf()"].map(str::to_owned);
+        self.execute(&[write("server.crt", &certificate), write("server.key", &key.serialize_pem())]).await?;
+        self.execute(&on).await?;
+        Ok(certificate)
+    }
+
     /// Executes statements, each by itself: databases are not made in transactions.
     async fn execute(&self, statements: &[String]) -> TestResult {
         let (client, connection) = tokio_postgres::connect(&self.from_here, NoTls).await?;
@@ -76,7 +93,7 @@ impl Postgres {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgresql_is_lost_and_its_password_rotated() -> TestResult {
+async fn postgresql_over_tls_is_lost_and_its_password_rotated() -> TestResult {
     prepared_scenario(Suite::All, async |scene| {
         let postgres = Postgres::of(scene).await?;
         // A role and a database of this scenario's own.
@@ -84,7 +101,9 @@ async fn postgresql_is_lost_and_its_password_rotated() -> TestResult {
         let create = format!("create role {name} login password 'first'");
         postgres.execute(&[create, format!("create database {name} owner {name}")]).await?;
         write_secret(scene, "database", "url", &postgres.url_of(&name, "first")?).await?;
-        let of_secret = json!({"embedded": null, "postgres": {"urlSecret": {"name": "database", "key": "url"}}});
+        write_secret(scene, "database-ca", "ca.crt", &postgres.with_tls().await?).await?;
+        let (url, ca) = (json!({"name": "database", "key": "url"}), json!({"name": "database-ca", "key": "ca.crt"}));
+        let of_secret = json!({"embedded": null, "postgres": {"urlSecret": url, "caSecret": ca}});
         scene.bring_up(json!({"storage": of_secret, "business": {"replicas": 2}})).await?;
         scene.wait_shards_shared_by(2).await?;
 

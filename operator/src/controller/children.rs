@@ -244,6 +244,7 @@ pub fn secret_needs(accepted: &Accepted) -> Vec<SecretNeed> {
     }
     if let Storage::Postgres(postgres) = &spec.storage {
         needs.push(("spec.storage.postgres.urlSecret", postgres.url_secret.as_ref()));
+        needs.push(("spec.storage.postgres.caSecret", postgres.ca_secret.as_ref()));
     }
     let essential = needs.len();
     if let Some(prometheus) = &spec.metrics.prometheus {
@@ -278,7 +279,7 @@ mod tests {
         access:
           tls: {address: '0.0.0.0:8883', secretName: chat-tls}
           http: {address: '0.0.0.0:8080'}
-        storage: {postgres: {urlSecret: {name: database, key: url}}}
+        storage: {postgres: {urlSecret: {name: database, key: url}, caSecret: {name: database-ca, key: ca.crt}}}
         metrics:
           prometheus:
             url: https://prometheus:9090
@@ -406,23 +407,31 @@ mod tests {
     }
 
     #[test]
-    fn a_database_with_another_url_replaces_business_members_and_nobody_else() {
-        let with_url = |url: Option<&str>| {
+    fn a_database_with_another_url_or_authority_replaces_business_members_and_nobody_else() {
+        let digests = |url: &str, authority: &str, others: &str| {
             let accepted = accepted(USUAL);
             let mut values = SecretValues::default();
             for need in secret_needs(&accepted) {
-                let value = if need.name == "database" { url } else { url.map(|_| "as it is") };
-                let data = need.keys.iter().filter_map(|key| Some((key.clone(), ByteString(value?.into()))));
+                let value = match need.name.as_str() {
+                    "database" => url,
+                    "database-ca" => authority,
+                    _ => others,
+                };
+                let data = need.keys.iter().map(|key| (key.clone(), ByteString(value.into())));
                 values.learn(&need, &Secret { data: Some(data.collect()), ..Secret::default() });
             }
             let accepted = accepted.with_secrets(values);
             Tier::ALL.map(|tier| MemberTemplate::new(&accepted, &surroundings(), tier).digest)
         };
-        let [gateway, business] = with_url(Some("postgres://a"));
-        assert_eq!(with_url(Some("postgres://a")), [gateway.clone(), business.clone()]);
-        let [same, other] = with_url(Some("postgres://b"));
-        assert!(same == gateway && other != business);
-        assert_eq!(with_url(None)[0], gateway, "what gateways read again is no part of their template");
+        let [gateway, business] = digests("postgres://a", "one", "as it is");
+        assert_eq!(
+            digests("postgres://a", "one", "other"),
+            [gateway.clone(), business.clone()],
+            "the rest is read again"
+        );
+        for other in [digests("postgres://b", "one", "as it is"), digests("postgres://a", "two", "as it is")] {
+            assert!(other[0] == gateway && other[1] != business);
+        }
     }
 
     #[test]
@@ -448,6 +457,7 @@ mod tests {
             [
                 "spec.auth.jwt.jwksSecret login jwks.json",
                 "spec.storage.postgres.urlSecret database url",
+                "spec.storage.postgres.caSecret database-ca ca.crt",
                 "spec.metrics.prometheus.tokenSecret monitoring token",
                 "spec.metrics.prometheus.caSecret monitoring ca.crt",
                 "spec.access.tls.secretName chat-tls tls.crt,tls.key",

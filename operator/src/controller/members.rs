@@ -26,6 +26,8 @@ pub const TLS_DIR: &str = "/etc/imcluster/tls";
 pub const SERVICE_TOKEN_DIR: &str = "/etc/imcluster/service-token";
 /// Directory of the store's URL.
 pub const STORE_URL_DIR: &str = "/etc/imcluster/store-url";
+/// Directory of the authorities that the store's certificate may be from.
+pub const STORE_CA_DIR: &str = "/etc/imcluster/store-ca";
 /// The one file of a directory that holds one.
 pub const ONLY_FILE: &str = "value";
 /// Where the store member keeps its file.
@@ -157,10 +159,15 @@ pub fn business_config(accepted: &Accepted, control: &str) -> Value {
             config["store"] = json!(format!("grpc://{store}:{STORE_PORT}"));
             config["storeTokenFile"] = json!(format!("{TOKENS_DIR}/{STORE_TOKEN}"));
         }
-        Storage::Postgres(postgres) => match &postgres.url {
-            Some(url) => config["store"] = json!(url),
-            None => config["storeUrlFile"] = json!(format!("{STORE_URL_DIR}/{ONLY_FILE}")),
-        },
+        Storage::Postgres(postgres) => {
+            match &postgres.url {
+                Some(url) => config["store"] = json!(url),
+                None => config["storeUrlFile"] = json!(format!("{STORE_URL_DIR}/{ONLY_FILE}")),
+            }
+            if postgres.ca_secret.is_some() {
+                config["storeCaFile"] = json!(format!("{STORE_CA_DIR}/{ONLY_FILE}"));
+            }
+        }
     }
     config
 }

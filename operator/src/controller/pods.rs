@@ -6,8 +6,8 @@
 use super::accepted::{Accepted, SERVING_LABEL, TEMPLATE_LABEL};
 use super::members::{
     ADMIN_PORT, BUSINESS_GRACE_S, CONFIG_DIR, CONFIG_FILE, DATA_DIR, JWT_DIR, LINK_PORT, LINK_TOKEN, MAP_HINT_DIR,
-    ONLY_FILE, SERVICE_TOKEN_DIR, STORE_GRACE_S, STORE_PORT, STORE_TOKEN, STORE_URL_DIR, TLS_DIR, TOKENS_DIR,
-    business_config, client_ports, gateway_config, gateway_grace_s, store_config,
+    ONLY_FILE, SERVICE_TOKEN_DIR, STORE_CA_DIR, STORE_GRACE_S, STORE_PORT, STORE_TOKEN, STORE_URL_DIR, TLS_DIR,
+    TOKENS_DIR, business_config, client_ports, gateway_config, gateway_grace_s, store_config,
 };
 use crate::platform::{Role, Tier};
 use im_crds::{Auth, Embedded, PodSettings, Quantity as Amount, SecretKey, Storage};
@@ -59,7 +59,7 @@ impl MemberTemplate {
             Tier::Business => business_config(accepted, &surroundings.control_service),
         };
         let mut pod = member_pod(accepted, surroundings, tier);
-        let digest = digest(&pod, &config, read_once(accepted, tier));
+        let digest = digest(&pod, &config, &read_once(accepted, tier));
         let name = accepted.of_template(tier, &digest);
         let mut labels = accepted.labels_of(tier.role());
         labels.insert(TEMPLATE_LABEL.to_owned(), digest.clone());
@@ -104,19 +104,22 @@ impl MemberTemplate {
     }
 }
 
-/// What a member reads from a Secret when it starts and never again: all else that Secrets hold is followed while it runs.
-fn read_once(accepted: &Accepted, tier: Tier) -> Option<&[u8]> {
+/// What a member reads from Secrets when it starts and never again: all else that Secrets hold is followed while it runs.
+fn read_once(accepted: &Accepted, tier: Tier) -> Vec<&[u8]> {
     match (tier, &accepted.cluster().spec.storage) {
-        (Tier::Business, Storage::Postgres(postgres)) => accepted.secrets().get(postgres.url_secret.as_ref()?),
-        _ => None,
+        (Tier::Business, Storage::Postgres(postgres)) => {
+            let secrets = [&postgres.url_secret, &postgres.ca_secret].into_iter().flatten();
+            secrets.filter_map(|secret| accepted.secrets().get(secret)).collect()
+        }
+        _ => Vec::new(),
     }
 }
 
-/// Eight hexadecimal digits that stand for a configuration, the pod around it and what is read from a Secret. They are public, and
-/// too few to tell what the Secret holds.
-fn digest(pod: &PodTemplateSpec, config: &Value, secret: Option<&[u8]>) -> String {
+/// Eight hexadecimal digits that stand for a configuration, the pod around it and what is read from Secrets. They are public, and
+/// too few to tell what a Secret holds.
+fn digest(pod: &PodTemplateSpec, config: &Value, secrets: &[&[u8]]) -> String {
     let mut all = format!("{}{config}", serde_json::to_string(pod).unwrap_or_default()).into_bytes();
-    all.extend_from_slice(secret.unwrap_or_default());
+    all.extend(secrets.concat());
     format!("{:08x}", xxhash_rust::xxh3::xxh3_64(&all) >> 32)
 }
 
@@ -133,7 +136,7 @@ fn config_map(metadata: ObjectMeta, config: &Value) -> ConfigMap {
 pub fn store(accepted: &Accepted, surroundings: &Surroundings, embedded: &Embedded) -> (ConfigMap, StatefulSet) {
     let config = store_config();
     let mut pod = store_pod(accepted, surroundings, embedded);
-    let config_name = format!("{}-{}", accepted.child("store"), digest(&PodTemplateSpec::default(), &config, None));
+    let config_name = format!("{}-{}", accepted.child("store"), digest(&PodTemplateSpec::default(), &config, &[]));
     if let Some(spec) = &mut pod.spec {
         spec.volumes.get_or_insert_default().insert(0, config_volume(&config_name));
     }
@@ -228,6 +231,7 @@ fn member_pod(accepted: &Accepted, surroundings: &Surroundings, tier: Tier) -> P
                 Storage::Postgres(postgres) => {
                     secrets.tokens(accepted, &[LINK_TOKEN]);
                     secrets.one("store-url", STORE_URL_DIR, postgres.url_secret.as_ref());
+                    secrets.one("store-ca", STORE_CA_DIR, postgres.ca_secret.as_ref());
                 }
             }
             let mut args = vec!["serve".to_owned(), config];

@@ -5,7 +5,7 @@
 use super::{Platform, PlatformError, ProcessState, StoredMap, Tier, View};
 use crate::control::ClusterKey;
 use crate::up::data_dir::{DataDir, Secrets, write_atomically};
-use im_crds::{Auth, ImCluster, ImClusterSpec, Storage};
+use im_crds::{Auth, ImCluster, ImClusterSpec, Postgres, Storage};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -407,6 +407,9 @@ fn business_config(
         "payloadMax": cluster.spec.messages.max_payload,
         "terminationGraceSeconds": STOP_GRACE.as_secs(),
     });
+    if let Storage::Postgres(Postgres { ca_file: Some(file), .. }) = &cluster.spec.storage {
+        config["storeCaFile"] = json!(base.join(file));
+    }
     if let Some(rooms) = business_rooms(&cluster.spec) {
         config["rooms"] = rooms;
     }
@@ -456,8 +459,9 @@ mod tests {
             business_config(&cluster(spec), "business-0", "c", "127.0.0.1:9", &secrets(), Path::new("/nowhere"))
         };
         assert_eq!(of("{auth: {insecure: {}}}").expect("embedded")["store"], "grpc://127.0.0.1:9");
-        let url = of("{auth: {insecure: {}}, storage: {postgres: {url: 'postgres://u@h/d'}}}").expect("url");
-        assert_eq!(url["store"], "postgres://u@h/d");
+        let url =
+            of("{auth: {insecure: {}}, storage: {postgres: {url: 'postgres://u@h/d', caFile: ca.pem}}}").expect("url");
+        assert_eq!((&url["store"], &url["storeCaFile"]), (&json!("postgres://u@h/d"), &json!("/nowhere/ca.pem")));
         let absent = of("{auth: {insecure: {}}, storage: {postgres: {urlFile: pg}}}").expect_err("no such file");
         assert!(absent.to_string().starts_with("/nowhere/pg: "), "{absent}");
     }

@@ -13,8 +13,10 @@
 //! **A stopped owner blocks nobody.** Row locks are not fair and a stopped process does not answer, so whoever waited for
 //! [`LOCK_TIMEOUT_MS`] ends the old owner's backends, which are found by `application_name`.
 
+mod connections;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt::Display;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,15 +24,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use deadpool_postgres::tokio_postgres::error::{Severity, SqlState};
 use deadpool_postgres::tokio_postgres::types::ToSql;
-use deadpool_postgres::tokio_postgres::{self as pg, NoTls, Row, Statement};
-use deadpool_postgres::{
-    ClientWrapper, Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
-};
+use deadpool_postgres::tokio_postgres::{self as pg, Row, Statement};
 use futures::future::join_all;
 use im_proto::ids::MemberId;
 use tokio::sync::RwLock;
 use tokio::time::timeout;
 
+use self::connections::{Connection, Connections};
 use super::{
     ANSWER_BYTES_MAX, ANSWER_ROWS_MAX, Acquired, Answer, Claim, Duplicate, LogEntry, LogRange, OpenError, Outcome,
     Released, ScrubAt, Scrubbed, ShardBatch, ShardRow, Store, StoreError, TRANSACTIONS, Tail, claimable, contradiction,
@@ -41,8 +41,6 @@ use super::{
 const LOCK_TIMEOUT_MS: u64 = 500;
 /// Until a call's outcome counts as unknown.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections of one member.
-const CONNECTIONS_MAX: usize = 16;
 /// How often a change of owners is tried: each time the backends in its way were ended.
 const SWAPS_MAX: usize = 6;
 /// How often one commit is flushed: after each, whoever was to blame is left out.
@@ -136,7 +134,7 @@ enum Flushed {
 /// A PostgreSQL database, as seen by one member.
 #[derive(Debug)]
 pub struct Postgres {
-    pool: Pool,
+    connections: Connections,
     me: MemberId,
     /// Commits share it. Who changes rows of which we are the owner takes it alone: within one process the wait is fair.
     commits: RwLock<()>,
@@ -144,60 +142,16 @@ pub struct Postgres {
 
 impl Postgres {
     /// Connects, checks that commits are durable and brings the tables up to date. `me`: whose commits these are; the database knows
-    /// the connections by it.
-    pub async fn open(url: &str, me: &MemberId) -> Result<Self, OpenError> {
-        let failed = |e: &dyn Display| OpenError::Database { reason: e.to_string() };
-        let mut config: pg::Config = url.parse().map_err(|e: pg::Error| failed(&explain(&e)))?;
-        let settings = format!(
-            "-c lock_timeout={LOCK_TIMEOUT_MS} -c statement_timeout={} -c idle_in_transaction_session_timeout=2000",
-            CALL_TIMEOUT.as_millis()
-        );
-        let options = config.get_options().map_or_else(|| settings.clone(), |own| format!("{own} {settings}"));
-        config
-            .options(options)
-            .application_name(application_name(me))
-            .target_session_attrs(pg::config::TargetSessionAttrs::ReadWrite)
-            .connect_timeout(Duration::from_secs(1))
-            .keepalives(true)
-            .keepalives_idle(Duration::from_secs(5))
-            .keepalives_interval(Duration::from_secs(1))
-            .keepalives_retries(3)
-            .tcp_user_timeout(CALL_TIMEOUT);
-        let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
-        let pool = Pool::builder(manager)
-            .max_size(CONNECTIONS_MAX)
-            .runtime(Runtime::Tokio1)
-            .wait_timeout(Some(Duration::from_secs(2)))
-            .create_timeout(Some(Duration::from_secs(2)))
-            .recycle_timeout(Some(Duration::from_secs(2)))
-            .post_create(Hook::async_fn(|client: &mut ClientWrapper, _| {
-                Box::pin(async move {
-                    match is_durable(client).await {
-                        Ok(true) => Ok(()),
-                        Ok(false) => Err(HookError::message(OpenError::NotDurable.to_string())),
-                        Err(e) => Err(HookError::Backend(e)),
-                    }
-                })
-            }))
-            .build()
-            .map_err(|e| failed(&e))?;
-        let mut client = match pool.get().await {
-            Ok(client) => client,
-            Err(PoolError::PostCreateHook(HookError::Message(_))) => return Err(OpenError::NotDurable),
-            Err(e) => return Err(failed(&explain_pool(&e))),
-        };
-        migrate(&mut client).await.map_err(|e| failed(&explain(&e)))?;
-        Ok(Self { pool, me: me.clone(), commits: RwLock::new(()) })
-    }
-
-    /// A connection; nothing was sent when there is none.
-    async fn client(&self) -> Result<Object, StoreError> {
-        self.pool.get().await.map_err(|e| StoreError::refused(explain_pool(&e)))
+    /// the connections by it. `ca_file`: PEM, the authorities that its certificate may be from; with it TLS is a must.
+    pub async fn open(url: &str, ca_file: Option<&Path>, me: &MemberId) -> Result<Self, OpenError> {
+        let (connections, mut first) = Connections::open(url, ca_file, application_name(me)).await?;
+        migrate(&mut first).await.map_err(|e| OpenError::Database { reason: explain(&e) })?;
+        Ok(Self { connections, me: me.clone(), commits: RwLock::new(()) })
     }
 
     /// Reads; what fails was certainly not stored.
     async fn query(&self, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
-        let client = self.client().await?;
+        let client = self.connections.get().await?;
         let rows = timeout(CALL_TIMEOUT, async { client.query(&client.prepare_cached(sql).await?, params).await });
         rows.await
             .map_err(|_| StoreError::refused("the database does not answer"))?
@@ -228,7 +182,7 @@ impl Postgres {
     /// BEGIN to COMMIT in one flush.
     async fn flush(&self, me: &MemberId, batches: &[&ShardBatch]) -> Result<Flushed, StoreError> {
         let _running = self.commits.read().await;
-        let client = self.client().await?;
+        let client = self.connections.get().await?;
         let columns = Columns::of(batches);
         let me = me.as_str();
         // Prepared once for each connection.
@@ -252,8 +206,7 @@ impl Postgres {
             }
             Ok(Some(error)) => error,
             Err(_) => {
-                // Whatever is under way on it, nobody else must wait behind it.
-                drop(Object::take(client));
+                client.close();
                 return Err(StoreError::unknown(format_args!("no answer within {CALL_TIMEOUT:?}")));
             }
         };
@@ -326,13 +279,13 @@ impl Postgres {
             false => None,
         };
         for _ in 0..SWAPS_MAX {
-            let mut client = self.client().await?;
+            let mut client = self.connections.get().await?;
             let swapped = timeout(CALL_TIMEOUT, swap(&mut client, claims, &owners, to)).await;
             let error = match swapped {
                 Ok(Ok(swapped)) => return Ok(swapped),
                 Ok(Err(error)) => error,
                 Err(_) => {
-                    drop(Object::take(client));
+                    client.close();
                     return Err(StoreError::unknown(format_args!("no answer within {CALL_TIMEOUT:?}")));
                 }
             };
@@ -370,7 +323,7 @@ impl Postgres {
 
 /// One attempt of [`Postgres::swap`].
 async fn swap(
-    client: &mut Object,
+    client: &mut Connection,
     claims: &[Claim],
     owners: &BTreeSet<&str>,
     to: Option<&MemberId>,
@@ -784,19 +737,7 @@ fn explain(error: &pg::Error) -> String {
     }
 }
 
-fn explain_pool(error: &PoolError) -> String {
-    match error {
-        PoolError::Backend(error) => explain(error),
-        other => other.to_string(),
-    }
-}
-
-async fn is_durable(client: &ClientWrapper) -> Result<bool, pg::Error> {
-    let setting: String = client.query_one("SELECT current_setting('synchronous_commit')", &[]).await?.try_get(0)?;
-    Ok(setting != "off")
-}
-
-async fn migrate(client: &mut Object) -> Result<(), pg::Error> {
+async fn migrate(client: &mut Connection) -> Result<(), pg::Error> {
     let transaction = client.transaction().await?;
     transaction.batch_execute("SET LOCAL lock_timeout = '30s'; SET LOCAL statement_timeout = '60s'").await?;
     transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&MIGRATION_LOCK]).await?;
