@@ -13,13 +13,14 @@
 //!
 //! One core per process, driven by one task: an owner needs no locks, and a seeded loop can drive many cores through faults.
 
+mod cache;
 pub mod calls;
 pub mod conversation;
-mod log;
 mod notify;
 mod ownership;
 mod rooms;
 mod scrub;
+mod shard;
 mod users;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -41,9 +42,9 @@ use prost::Message;
 
 use crate::store::StoreError;
 use calls::{StoreAnswer, StoreCall};
-use log::OwnedShard;
 use notify::PeerToken;
 use ownership::Slot;
+use shard::OwnedShard;
 
 /// Hash maps whose order is the same in each run: a seed replays.
 pub type Map<K, V> = std::collections::HashMap<K, V, foldhash::fast::FixedState>;
@@ -265,7 +266,7 @@ enum Context {
     LoadConversation { shard: u32, epoch: u64, conversation: Arc<str> },
     LoadUser { shard: u32, epoch: u64, user: Arc<str> },
     LoadRoom { shard: u32, epoch: u64, room: Arc<str> },
-    Range { shard: u32, epoch: u64, fetch: log::PendingFetch },
+    Range { shard: u32, epoch: u64, fetch: shard::PendingFetch },
     Find { shard: u32, epoch: u64, to: ReplyTo },
     Since { shard: u32, epoch: u64 },
     Scrub { shard: u32, epoch: u64 },

@@ -11,8 +11,8 @@ use im_proto::link::reply::Outcome;
 use im_proto::link::{Body, Notify, Recipient, body};
 
 use super::calls::{StoreAnswer, StoreCall};
-use super::log::{OwnedShard, entry_of};
 use super::ownership::RETRY_PAUSE;
+use super::shard::{OwnedShard, entry_of};
 use super::{Context, Core, Env, owned_at};
 use crate::store::{LogEntry, StoreError};
 

@@ -9,7 +9,7 @@ use im_proto::link::{Moved, Owned, OwnedShard as OwnedClaim, Refusal, server_fra
 use im_proto::router::{self, Router};
 
 use super::calls::{StoreAnswer, StoreCall};
-use super::log::OwnedShard;
+use super::shard::OwnedShard;
 use super::{Asked, Context, Core, Env, LinkId, Output, ReplyTo, owned_at};
 use crate::store::{Acquired, Claim, Outcome, Released, ShardRow, StoreError};
 

@@ -18,9 +18,10 @@ use im_proto::link::{
 use im_proto::state::{CountedBoot, CountedRow, CountsRow, RoomRow, SanctionRow};
 use prost::Message;
 
+use super::cache::Cache;
 use super::calls::{RoomRows, StoreAnswer, StoreCall, keys};
-use super::log::{Cached, Forming, IDLE_MAX, Op, OwnedShard};
-use super::ownership::{RETRY_PAUSE, store_refusal};
+use super::ownership::store_refusal;
+use super::shard::{Forming, Op, OwnedShard};
 use super::{Context, Env, LinkId, Map, ReplyTo};
 use crate::store::{Put, StoreError};
 
@@ -45,9 +46,7 @@ const COUNTED_KEPT_MS: i64 = 24 * 3_600_000;
 /// The live rooms of one shard.
 #[derive(Default)]
 pub(super) struct Rooms {
-    rooms: Map<Arc<str>, Cached<Room>>,
-    /// Rooms whose load failed and is waited for nevertheless.
-    load_again: Vec<(Duration, Arc<str>)>,
+    rooms: Cache<Room>,
     /// By a gateway's boot: the number of the last counts in the totals, and when. Read with the first room.
     counted: Option<BTreeMap<u64, (u64, i64)>>,
     /// Rooms whose statistics changed since they were told, and from when they may be.
@@ -250,30 +249,20 @@ fn change_settings(settings: &RoomRow, change: &RoomChange, now_ms: i64) -> Resu
 
 impl Rooms {
     fn get(&self, room: &str) -> Option<&Room> {
-        match self.rooms.get(room) {
-            Some(Cached::Ready { value, .. }) => Some(value),
-            _ => None,
-        }
+        self.rooms.get(room)
     }
 
     fn get_mut(&mut self, room: &str) -> Option<&mut Room> {
-        match self.rooms.get_mut(room) {
-            Some(Cached::Ready { value, .. }) => Some(value),
-            _ => None,
-        }
+        self.rooms.get_mut(room)
     }
 
     pub(super) fn forget_waiter(&mut self, waiter: u64) {
-        for cached in self.rooms.values_mut() {
-            if let Cached::Loading(waiters) = cached {
-                waiters.retain(|id| *id != waiter);
-            }
-        }
+        self.rooms.forget_waiter(waiter);
     }
 
     fn stats_changed(&mut self, now: Duration, room: &str) {
-        if let Some((name, Cached::Ready { value, .. })) = self.rooms.get_key_value(room) {
-            self.stats_due.entry(name.clone()).or_insert(now.max(value.stats_at));
+        if let Some((name, room)) = self.rooms.get_named(room) {
+            self.stats_due.entry(name.clone()).or_insert(now.max(room.stats_at));
         }
     }
 
@@ -281,14 +270,8 @@ impl Rooms {
     pub(super) fn link_closed(&mut self, now: Duration, link: LinkId) {
         self.held.retain(|(to, _)| to.link != link);
         self.held_bytes = self.held.iter().map(|(_, publish)| publish.payload.len()).sum();
-        let mut left = Vec::new();
-        for (name, cached) in &mut self.rooms {
-            if let Cached::Ready { value, .. } = cached
-                && value.gateways.remove(&link).is_some()
-            {
-                left.push(name.clone());
-            }
-        }
+        let left = self.rooms.iter_mut().filter_map(|(name, room)| room.gateways.remove(&link).map(|_| name.clone()));
+        let left: Vec<Arc<str>> = left.collect();
         for name in left {
             self.stats_changed(now, &name);
         }
@@ -309,14 +292,9 @@ impl Rooms {
 
     /// Forgets rooms that no gateway is in and nobody asked about for a while, but for those named, of which something is to be written.
     pub(super) fn sweep(&mut self, now: Duration, named: &BTreeSet<&str>) {
-        self.rooms.retain(|name, cached| match cached {
-            Cached::Loading(_) => true,
-            Cached::Ready { value, used_at } => {
-                !value.gateways.is_empty() || *used_at + IDLE_MAX >= now || named.contains(&**name)
-            }
-        });
+        self.rooms.retain(now, |name, room, is_idle| !room.gateways.is_empty() || !is_idle || named.contains(&**name));
         let rooms = &self.rooms;
-        self.stats_due.retain(|room, _| rooms.contains_key(room));
+        self.stats_due.retain(|room, _| rooms.is_known(room));
     }
 }
 
@@ -325,17 +303,10 @@ impl OwnedShard {
 
     pub(super) fn load_missing_rooms(&mut self, env: &mut Env, body: &body::Body, waiter: u64) -> usize {
         let mut missing = 0;
+        let (number, epoch, now) = (self.number, self.epoch, env.now.mono);
         let mut need = |room: &str| {
-            match self.rooms.rooms.get_mut(room) {
-                Some(Cached::Ready { used_at, .. }) => return *used_at = env.now.mono,
-                Some(Cached::Loading(waiters)) => waiters.push(waiter),
-                None => {
-                    let room: Arc<str> = room.into();
-                    self.rooms.rooms.insert(room.clone(), Cached::Loading(vec![waiter]));
-                    ask_for_room(env, self.number, self.epoch, room);
-                }
-            }
-            missing += 1;
+            let load = |room| ask_for_room(env, number, epoch, room);
+            missing += usize::from(self.rooms.rooms.need(now, room, Some(waiter), load));
         };
         match body {
             body::Body::RoomJoin(RoomJoin { room, .. })
@@ -345,14 +316,7 @@ impl OwnedShard {
             | body::Body::RoomGet(RoomGet { room, .. }) => need(room),
             body::Body::RoomCounts(counts) => counts.rooms.iter().for_each(|count| need(&count.room)),
             // All is announced only when the joins before it are through.
-            body::Body::Announced(_) => {
-                for cached in self.rooms.rooms.values_mut() {
-                    if let Cached::Loading(waiters) = cached {
-                        waiters.push(waiter);
-                        missing += 1;
-                    }
-                }
-            }
+            body::Body::Announced(_) => missing += self.rooms.rooms.need_all_loads(waiter),
             _ => {}
         }
         missing
@@ -367,22 +331,19 @@ impl OwnedShard {
             Ok(_) => Err((Refusal::StoreUnavailable, "the store answered something else".to_owned())),
             Err(error) => Err(store_refusal(&error)),
         };
-        let Some(Cached::Loading(waiters)) = self.rooms.rooms.remove(&name) else { return };
         match loaded {
-            Ok((value, counted)) => {
+            Ok((room, counted)) => {
                 // What was written since the first read is known better here than there.
                 self.rooms.counted.get_or_insert_with(|| {
                     counted.boots.into_iter().map(|row| (row.boot, (row.number, row.at_ms))).collect()
                 });
-                self.rooms.rooms.insert(name, Cached::Ready { value, used_at: env.now.mono });
+                let waiters = self.rooms.rooms.loaded(env.now.mono, name, room);
                 self.wake(env, waiters);
             }
             Err((code, reason)) => {
-                let waiters = self.refuse_waiters(env, waiters, code, &reason);
-                if !waiters.is_empty() {
-                    self.rooms.rooms.insert(name.clone(), Cached::Loading(waiters));
-                    self.rooms.load_again.push((env.now.mono + RETRY_PAUSE, name));
-                }
+                let waiters = self.rooms.rooms.failed(&name);
+                let patient = self.refuse_waiters(env, waiters, code, &reason);
+                self.rooms.rooms.try_again(env.now.mono, name, patient);
             }
         }
     }
@@ -529,11 +490,7 @@ impl OwnedShard {
                 forming.rooms.numbers.insert(boot, counts.number);
                 let mut totals_then = Vec::new();
                 for count in counts.rooms.iter().filter(|count| !count.counted.is_empty()) {
-                    let Some((name, Cached::Ready { value: room, .. })) =
-                        self.rooms.rooms.get_key_value(count.room.as_str())
-                    else {
-                        continue;
-                    };
+                    let Some((name, room)) = self.rooms.rooms.get_named(&count.room) else { continue };
                     let totals = forming.rooms.totals.entry(name.clone()).or_insert_with(|| room.totals.clone());
                     for Count { name, count } in &count.counted {
                         let gifts = totals.len() - usize::from(totals.contains_key(LIKES));
@@ -550,9 +507,7 @@ impl OwnedShard {
                 forming.form_room(FormedRoom::Counts { to, boot, counts, at_ms, totals: totals_then });
             }
             RoomWrite::Change { to, change } => {
-                let Some((name, Cached::Ready { value: room, .. })) =
-                    self.rooms.rooms.get_key_value(change.room.as_str())
-                else {
+                let Some((name, room)) = self.rooms.rooms.get_named(&change.room) else {
                     return env.refuse(to, Refusal::Busy, "the room left memory: ask again");
                 };
                 // A change is judged by what is committed.
@@ -646,10 +601,7 @@ impl OwnedShard {
     /// Tells statistics that changed, and loads again what could not be loaded.
     pub(super) fn tick_rooms(&mut self, env: &mut Env) {
         let now = env.now.mono;
-        let (due, later) = std::mem::take(&mut self.rooms.load_again).into_iter().partition(|(at, _)| *at <= now);
-        self.rooms.load_again = later;
-        let due: Vec<(Duration, Arc<str>)> = due;
-        for (_, room) in due {
+        for room in self.rooms.rooms.due(now) {
             ask_for_room(env, self.number, self.epoch, room);
         }
         // A new owner that has not heard all gateways would tell too few viewers.

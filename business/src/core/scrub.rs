@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use super::calls::{StoreAnswer, StoreCall};
-use super::log::OwnedShard;
 use super::ownership::Slot;
+use super::shard::OwnedShard;
 use super::{Context, Core, Env};
 use crate::store::{ScrubAt, Scrubbed, StoreError};
 

@@ -17,10 +17,11 @@ use im_proto::link::{
 use im_proto::state::{CursorRow, IndexRow as StoredIndexRow, SessionRow, TakenRow};
 use prost::Message;
 
+use super::cache::Cache;
 use super::calls::{StoreAnswer, StoreCall, UserRows, keys};
-use super::log::{Cached, IDLE_MAX, OwnedShard};
-use super::ownership::{RETRY_PAUSE, Slot, store_refusal};
-use super::{Context, Core, Env, JobKey, LOCAL, Map, ReplyTo};
+use super::ownership::{Slot, store_refusal};
+use super::shard::OwnedShard;
+use super::{Context, Core, Env, JobKey, LOCAL, ReplyTo};
 use crate::store::{Put, StoreError};
 
 /// How long a gateway's sessions live on without its link; less if it was silent before: they end within 3 s of the gateway.
@@ -38,7 +39,7 @@ const LIST_ROWS_MAX: u32 = 1_000;
 
 /// The users of one shard.
 pub(super) struct Users {
-    users: Map<Arc<str>, Cached<User>>,
+    users: Cache<User>,
     /// Gateways that announced all their sessions.
     announced: BTreeSet<MemberId>,
     /// Until then nobody without a session is known to be offline.
@@ -49,8 +50,6 @@ pub(super) struct Users {
     jobs: BTreeMap<u64, Job>,
     sessions_counted: u64,
     takeovers: Vec<(Duration, Arc<str>, Arc<str>)>,
-    /// Users whose load failed and is waited for nevertheless.
-    load_again: Vec<(Duration, Arc<str>)>,
     dirty: BTreeSet<(Arc<str>, Arc<str>)>,
     write_cursors_at: Duration,
 }
@@ -124,7 +123,7 @@ enum Then {
 impl Users {
     pub(super) fn new(now: Duration) -> Self {
         Self {
-            users: Map::default(),
+            users: Cache::default(),
             announced: BTreeSet::new(),
             acquired_at: now,
             is_known: false,
@@ -132,17 +131,13 @@ impl Users {
             jobs: BTreeMap::new(),
             sessions_counted: 0,
             takeovers: Vec::new(),
-            load_again: Vec::new(),
             dirty: BTreeSet::new(),
             write_cursors_at: now + CURSOR_INTERVAL,
         }
     }
 
     fn get(&mut self, user: &str) -> Option<&mut User> {
-        match self.users.get_mut(user) {
-            Some(Cached::Ready { value, .. }) => Some(value),
-            _ => None,
-        }
+        self.users.get_mut(user)
     }
 
     fn device(&mut self, user: &str, device: &str) -> Option<&mut Device> {
@@ -150,11 +145,7 @@ impl Users {
     }
 
     pub(super) fn forget_waiter(&mut self, waiter: u64) {
-        for cached in self.users.values_mut() {
-            if let Cached::Loading(waiters) = cached {
-                waiters.retain(|id| *id != waiter);
-            }
-        }
+        self.users.forget_waiter(waiter);
     }
 }
 
@@ -268,17 +259,10 @@ impl OwnedShard {
 
     pub(super) fn load_missing_users(&mut self, env: &mut Env, body: &body::Body, waiter: u64) -> usize {
         let mut missing = 0;
+        let (number, epoch, now) = (self.number, self.epoch, env.now.mono);
         let mut need = |user: &str| {
-            match self.users.users.get_mut(user) {
-                Some(Cached::Ready { used_at, .. }) => return *used_at = env.now.mono,
-                Some(Cached::Loading(waiters)) => waiters.push(waiter),
-                None => {
-                    let user: Arc<str> = user.into();
-                    self.users.users.insert(user.clone(), Cached::Loading(vec![waiter]));
-                    ask_for_user(env, self.number, self.epoch, user);
-                }
-            }
-            missing += 1;
+            let load = |user| ask_for_user(env, number, epoch, user);
+            missing += usize::from(self.users.users.need(now, user, Some(waiter), load));
         };
         match body {
             body::Body::Register(Register { user, .. })
@@ -293,14 +277,7 @@ impl OwnedShard {
                 users.chain(notify.read_states.iter().map(|state| &state.user)).for_each(|user| need(user));
             }
             // All is announced only when the announcements before it are through.
-            body::Body::Announced(_) => {
-                for cached in self.users.users.values_mut() {
-                    if let Cached::Loading(waiters) = cached {
-                        waiters.push(waiter);
-                        missing += 1;
-                    }
-                }
-            }
+            body::Body::Announced(_) => missing += self.users.users.need_all_loads(waiter),
             _ => {}
         }
         missing
@@ -314,21 +291,18 @@ impl OwnedShard {
             Ok(_) => Err((Refusal::StoreUnavailable, "the store answered something else".to_owned())),
             Err(error) => Err(store_refusal(&error)),
         };
-        let Some(Cached::Loading(waiters)) = self.users.users.remove(&id) else { return };
         match loaded {
-            Ok(value) => {
-                let (mut value, mut puts) = (value, Vec::new());
+            Ok(mut value) => {
+                let mut puts = Vec::new();
                 value.forget_expired(&id, env.now.wall_ms, &mut puts);
                 self.write_puts(env, puts);
-                self.users.users.insert(id, Cached::Ready { value, used_at: env.now.mono });
+                let waiters = self.users.users.loaded(env.now.mono, id, value);
                 self.wake(env, waiters);
             }
             Err((code, reason)) => {
-                let waiters = self.refuse_waiters(env, waiters, code, &reason);
-                if !waiters.is_empty() {
-                    self.users.users.insert(id.clone(), Cached::Loading(waiters));
-                    self.users.load_again.push((env.now.mono + RETRY_PAUSE, id));
-                }
+                let waiters = self.users.users.failed(&id);
+                let patient = self.refuse_waiters(env, waiters, code, &reason);
+                self.users.users.try_again(env.now.mono, id, patient);
             }
         }
     }
@@ -676,14 +650,12 @@ impl OwnedShard {
             let users = notify.recipients.iter().map(|recipient| &recipient.user);
             users.chain(notify.read_states.iter().map(|state| &state.user))
         };
-        let is_here = |user: &String| matches!(self.users.users.get(user.as_str()), Some(Cached::Ready { .. }));
+        let is_here = |user: &String| self.users.users.get(user).is_some();
         if !self.is_confirmed(env.now.mono) || !told().all(is_here) {
             return false;
         }
         for user in told() {
-            if let Some(Cached::Ready { used_at, .. }) = self.users.users.get_mut(user.as_str()) {
-                *used_at = env.now.mono;
-            }
+            self.users.users.touch(env.now.mono, user);
         }
         self.notify(env, to, notify);
         true
@@ -871,10 +843,7 @@ impl OwnedShard {
     pub(super) fn tick_users(&mut self, env: &mut Env) {
         let now = env.now.mono;
         self.release_held(env);
-        let (due, later) = std::mem::take(&mut self.users.load_again).into_iter().partition(|(at, _)| *at <= now);
-        self.users.load_again = later;
-        let due: Vec<(Duration, Arc<str>)> = due;
-        for (_, user) in due {
+        for user in self.users.users.due(now) {
             ask_for_user(env, self.number, self.epoch, user);
         }
         if !self.users.takeovers.is_empty() {
@@ -899,13 +868,10 @@ impl OwnedShard {
         let is_full = self.users.users.len() > max;
         let dirty: BTreeSet<Arc<str>> = self.users.dirty.iter().map(|(user, _)| user.clone()).collect();
         let mut puts = Vec::new();
-        self.users.users.retain(|id, cached| match cached {
-            Cached::Loading(_) => true,
-            Cached::Ready { value, used_at } => {
-                value.forget_expired(id, env.now.wall_ms, &mut puts);
-                let is_worth_it = !is_full && value.is_stored();
-                is_worth_it || *used_at + IDLE_MAX >= now || value.is_connected() || dirty.contains(id)
-            }
+        self.users.users.retain(now, |id, user, is_idle| {
+            user.forget_expired(id, env.now.wall_ms, &mut puts);
+            let is_worth_it = !is_full && user.is_stored();
+            is_worth_it || !is_idle || user.is_connected() || dirty.contains(id)
         });
         self.write_puts(env, puts);
     }
@@ -914,8 +880,7 @@ impl OwnedShard {
     fn gateway_gone(&mut self, env: &mut Env, gateway: &MemberId) {
         let mut puts = Vec::new();
         let mut ended = Vec::new();
-        for (user_id, cached) in &mut self.users.users {
-            let Cached::Ready { value: user, .. } = cached else { continue };
+        for (user_id, user) in self.users.users.iter_mut() {
             for (device_id, device) in &mut user.devices {
                 if device.live.as_ref().is_none_or(|live| live.gateway != *gateway) {
                     continue;

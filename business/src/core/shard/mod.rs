@@ -1,9 +1,8 @@
-//! An owned shard: what is asked of it, its open batch, and the commits.
-//!
-//! Sequence numbers are given when a batch is formed, against what is committed, and taken over when the commit is confirmed; a batch
-//! that is not stored leaves no trace. One batch of a shard is under way at a time; what comes meanwhile waits for the next.
+//! An owned shard: what is asked of it, what it reads, and its life as ours.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+mod batch;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,29 +10,23 @@ use bytes::{BufMut, Bytes, BytesMut};
 use im_proto::ids::{Conversation as Parsed, is_name, room_key, shard_of};
 use im_proto::link::reply::Outcome as Answer;
 use im_proto::link::{
-    Body, Entry, EntryKind, Fetch, Fetched, Group as GroupInfo, GroupChange, GroupGet, GroupMember, Head, HeadList,
-    Heads, MarkRead, Marked, Notify, ReadState, Refusal, Send, Stored, body,
+    Entry, Fetch, Fetched, Group as GroupInfo, GroupChange, GroupGet, GroupMember, Head, HeadList, Heads, MarkRead,
+    Refusal, Send, Stored, body,
 };
-use im_proto::state::{GroupRow, MarkRow};
-use im_proto::topic::SYSTEM_SENDER;
-use prost::Message;
 
-use super::calls::{StoreAnswer, StoreCall, keys};
-use super::conversation::{Conversation, GroupStep, Member, Members};
-use super::notify::{Outgoing, PeerToken};
-use super::ownership::{CONFIRMED_FOR, Leaving, RETRY_PAUSE, store_refusal};
-use super::rooms::{FormedRoom, FormingRooms, RoomWrite, Rooms};
+use self::batch::Formed;
+pub(super) use self::batch::{Forming, Op};
+use super::cache::Cache;
+use super::calls::{StoreAnswer, StoreCall};
+use super::conversation::{Conversation, Members};
+use super::notify::Outgoing;
+use super::ownership::{CONFIRMED_FOR, Leaving, store_refusal};
+use super::rooms::{RoomWrite, Rooms};
 use super::scrub::Scrub;
 use super::users::{UserWrite, Users};
 use super::{Ask, Context, Env, LinkId, Map, ReplyTo};
-use crate::store::{Duplicate, LogEntry, LogRange, Put, ShardBatch, StoreError, Tail};
+use crate::store::{LogEntry, LogRange, StoreError, Tail};
 
-/// Writes of one shard in one batch.
-const BATCH_OPS_MAX: usize = 512;
-/// How often a watermark that moved is written when nothing else is.
-const WATERMARK_INTERVAL: Duration = Duration::from_secs(5);
-/// How often it is written with something else. What a new owner notifies again for nothing is at most so old.
-const WATERMARK_WITH_BATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// Entries of one fetch.
 const FETCH_ENTRIES_MAX: u32 = 256;
 /// Payload bytes of one fetch.
@@ -41,8 +34,6 @@ const FETCH_BYTES_MAX: u32 = 1 << 20;
 /// Users that one change of a group may name.
 const CHANGE_USERS_MAX: usize = 1_000;
 const NOT_A_MEMBER: &str = "not a member of this conversation";
-/// Idle time after which a conversation or user may leave memory.
-pub(super) const IDLE_MAX: Duration = Duration::from_secs(60);
 
 /// A shard in our hands.
 pub(super) struct OwnedShard {
@@ -62,15 +53,13 @@ pub(super) struct OwnedShard {
     watermark_written: u64,
     watermark_written_at: Duration,
 
-    conversations: Map<Arc<str>, Cached<Conversation>>,
+    conversations: Cache<Conversation>,
     pub(super) rooms: Rooms,
     pub(super) users: Users,
     pub(super) outgoing: Outgoing,
     pub(super) scrub: Scrub,
     parked: BTreeMap<u64, Parked>,
     next_parked: u64,
-    /// Conversations whose load failed and is waited for nevertheless.
-    load_again: Vec<(Duration, Arc<str>)>,
     /// The last message refused of a group; see `Request::oldest`.
     refused: Map<(LinkId, u64), u64>,
 
@@ -78,93 +67,10 @@ pub(super) struct OwnedShard {
     pub(super) load_count: u64,
 }
 
-/// Something read from the store when it is first needed.
-pub(super) enum Cached<T> {
-    /// Being read; these requests wait.
-    Loading(Vec<u64>),
-    /// In memory.
-    Ready { value: T, used_at: Duration },
-}
-
 /// A request that waits for loads.
 struct Parked {
     ask: Ask,
     missing: usize,
-}
-
-/// A write that waits for the next batch.
-pub(super) enum Op {
-    Send { to: ReplyTo, send: Send, key: Bytes },
-    Mark { to: ReplyTo, mark: MarkRead },
-    Group { to: ReplyTo, change: GroupChange },
-    User(UserWrite),
-    Room(RoomWrite),
-}
-
-/// A write under way.
-enum Formed {
-    Send {
-        to: ReplyTo,
-        send: Send,
-        key: Bytes,
-        entry: LogEntry,
-    },
-    Mark {
-        to: ReplyTo,
-        mark: MarkRead,
-        seq: u64,
-    },
-    /// An implied mark, written with the batch.
-    Implied {
-        conversation: Arc<str>,
-        user: Arc<str>,
-        seq: u64,
-    },
-    Group {
-        to: ReplyTo,
-        change: GroupChange,
-        entries: Vec<LogEntry>,
-        members: Vec<(Arc<str>, Member)>,
-    },
-    User(UserWrite),
-    Room(FormedRoom),
-}
-
-impl Op {
-    /// The conversation or the rooms that it needs in memory.
-    fn names(&self) -> Vec<&str> {
-        match self {
-            Self::Send { send, .. } => vec![&send.conversation],
-            Self::Mark { mark, .. } => vec![&mark.conversation],
-            Self::Group { change, .. } => vec![&change.conversation],
-            Self::User(_) => Vec::new(),
-            Self::Room(RoomWrite::Counts { counts, .. }) => counts.rooms.iter().map(|count| &*count.room).collect(),
-            Self::Room(RoomWrite::Change { change, .. }) => vec![&change.room],
-        }
-    }
-}
-
-impl Formed {
-    /// See [`Op::names`].
-    fn names(&self) -> Vec<&str> {
-        match self {
-            Self::Send { send, .. } => vec![&send.conversation],
-            Self::Mark { mark, .. } => vec![&mark.conversation],
-            Self::Implied { conversation, .. } => vec![conversation],
-            Self::Group { change, .. } => vec![&change.conversation],
-            Self::User(_) => Vec::new(),
-            Self::Room(FormedRoom::Counts { counts, .. }) => counts.rooms.iter().map(|count| &*count.room).collect(),
-            Self::Room(FormedRoom::Change { change, .. }) => vec![&change.room],
-        }
-    }
-
-    fn entries(&self) -> &[LogEntry] {
-        match self {
-            Self::Send { entry, .. } => std::slice::from_ref(entry),
-            Self::Group { entries, .. } => entries,
-            _ => &[],
-        }
-    }
 }
 
 /// A fetch that reads the log.
@@ -196,14 +102,13 @@ impl OwnedShard {
             write_again_at: now,
             watermark_written: tail.watermark,
             watermark_written_at: now,
-            conversations: Map::default(),
+            conversations: Cache::default(),
             rooms: Rooms::default(),
             users: Users::new(now),
             outgoing: Outgoing::new(tail.watermark, now),
             scrub: Scrub::new(now),
             parked: BTreeMap::new(),
             next_parked: 1,
-            load_again: Vec::new(),
             refused: Map::default(),
             load: 0.0,
             load_count: 0,
@@ -327,8 +232,8 @@ impl OwnedShard {
             | body::Body::Fetch(Fetch { conversation, .. })
             | body::Body::GroupChange(GroupChange { conversation, .. })
             | body::Body::GroupGet(GroupGet { conversation, .. }) => {
-                if let Some(Cached::Ready { used_at, .. }) = self.conversations.get_mut(conversation.as_str()) {
-                    *used_at = now;
+                // The usual case, without a copy.
+                if self.conversations.touch(now, conversation) {
                     return 0;
                 }
                 single = [conversation.clone()];
@@ -336,38 +241,16 @@ impl OwnedShard {
             }
             _ => &[],
         };
+        let (number, epoch) = (self.number, self.epoch);
         for conversation in conversations {
-            match self.conversations.get_mut(conversation.as_str()) {
-                Some(Cached::Ready { used_at, .. }) => *used_at = now,
-                Some(Cached::Loading(waiters)) => {
-                    waiters.push(waiter);
-                    missing += 1;
-                }
-                None => {
-                    self.load_conversation(env, conversation.as_str().into(), Some(waiter));
-                    missing += 1;
-                }
-            }
+            let load = |conversation| ask_for_conversation(env, number, epoch, conversation);
+            missing += usize::from(self.conversations.need(now, conversation, Some(waiter), load));
         }
         missing + self.load_missing_users(env, body, waiter) + self.load_missing_rooms(env, body, waiter)
     }
 
-    fn load_conversation(&mut self, env: &mut Env, conversation: Arc<str>, waiter: Option<u64>) {
-        self.conversations.insert(conversation.clone(), Cached::Loading(waiter.into_iter().collect()));
-        self.ask_for_conversation(env, conversation);
-    }
-
-    fn ask_for_conversation(&mut self, env: &mut Env, conversation: Arc<str>) {
-        let call = StoreCall::LoadConversation { shard: self.number, conversation: conversation.clone() };
-        env.call(call, Context::LoadConversation { shard: self.number, epoch: self.epoch, conversation });
-    }
-
     fn forget_waiter(&mut self, waiter: u64) {
-        for cached in self.conversations.values_mut() {
-            if let Cached::Loading(waiters) = cached {
-                waiters.retain(|id| *id != waiter);
-            }
-        }
+        self.conversations.forget_waiter(waiter);
         self.users.forget_waiter(waiter);
         self.rooms.forget_waiter(waiter);
     }
@@ -380,18 +263,15 @@ impl OwnedShard {
             Ok(_) => Err((Refusal::StoreUnavailable, "the store answered something else".to_owned())),
             Err(error) => Err(store_refusal(&error)),
         };
-        let Some(Cached::Loading(waiters)) = self.conversations.remove(&id) else { return };
         match loaded {
             Ok(value) => {
-                self.conversations.insert(id, Cached::Ready { value, used_at: env.now.mono });
+                let waiters = self.conversations.loaded(env.now.mono, id, value);
                 self.wake(env, waiters);
             }
             Err((code, reason)) => {
-                let waiters = self.refuse_waiters(env, waiters, code, &reason);
-                if !waiters.is_empty() {
-                    self.conversations.insert(id.clone(), Cached::Loading(waiters));
-                    self.load_again.push((env.now.mono + RETRY_PAUSE, id));
-                }
+                let waiters = self.conversations.failed(&id);
+                let patient = self.refuse_waiters(env, waiters, code, &reason);
+                self.conversations.try_again(env.now.mono, id, patient);
             }
         }
         self.notify_backlog(env);
@@ -452,23 +332,19 @@ impl OwnedShard {
     }
 
     pub(super) fn conversation(&self, id: &str) -> Option<&Conversation> {
-        match self.conversations.get(id) {
-            Some(Cached::Ready { value, .. }) => Some(value),
-            _ => None,
-        }
+        self.conversations.get(id)
     }
 
     fn conversation_mut(&mut self, id: &str) -> Option<&mut Conversation> {
-        match self.conversations.get_mut(id) {
-            Some(Cached::Ready { value, .. }) => Some(value),
-            _ => None,
-        }
+        self.conversations.get_mut(id)
     }
 
     /// The conversation, or `None` after its load was started.
     pub(super) fn conversation_or_load(&mut self, env: &mut Env, id: &Arc<str>) -> Option<&Conversation> {
-        if !self.conversations.contains_key(id) {
-            self.load_conversation(env, id.clone(), None);
+        if !self.conversations.is_known(id) {
+            let now = env.now.mono;
+            let load = |conversation| ask_for_conversation(env, self.number, self.epoch, conversation);
+            self.conversations.need(now, id, None, load);
         }
         self.conversation(id)
     }
@@ -608,7 +484,7 @@ impl OwnedShard {
         self.rooms.link_closed(env.now.mono, link);
     }
 
-    // ---- writes ---------------------------------------------------------------------------------------------------------
+    // ---- the end --------------------------------------------------------------------------------------------------------
 
     /// Whether nothing of the shard waits or is under way; then it may be released.
     pub(super) fn nothing_open(&self) -> bool {
@@ -639,314 +515,12 @@ impl OwnedShard {
         self.outgoing.cancel_all(env);
     }
 
-    /// Takes what waits into a batch, within what is left of the commit's budget.
-    pub(super) fn form_batch(
-        &mut self,
-        env: &mut Env,
-        ops_left: &mut usize,
-        bytes_left: &mut usize,
-    ) -> Option<ShardBatch> {
-        let now = env.now.mono;
-        let is_released = self.leaving.as_ref().is_some_and(|leaving| leaving.releasing);
-        if self.under_way.is_some() || is_released || now < self.write_again_at {
-            return None;
-        }
-        let interval = if self.ops.is_empty() { WATERMARK_INTERVAL } else { WATERMARK_WITH_BATCH_INTERVAL };
-        let is_due = now >= self.watermark_written_at + interval || self.leaving.is_some();
-        let watermark = is_due.then(|| self.outgoing.watermark(self.head_pos));
-        let watermark = watermark.filter(|watermark| *watermark > self.watermark_written);
-        if self.ops.is_empty() && watermark.is_none() {
-            return None;
-        }
-        let mut forming = Forming { pos: self.head_pos, ts_ms: env.now.wall_ms, ..Forming::default() };
-        let budget = BATCH_OPS_MAX.min(*ops_left);
-        while forming.formed.len() < budget && *bytes_left > 0 {
-            let Some(op) = self.ops.pop_front() else { break };
-            if let Op::Send { send, .. } = &op {
-                *bytes_left = bytes_left.saturating_sub(send.payload.len());
-            }
-            self.form(env, &mut forming, op);
-        }
-        let Forming { deferred, formed, appends, mut puts, heads, rooms, ts_ms, .. } = forming;
-        puts.extend(self.room_puts(&rooms, ts_ms));
-        for op in deferred.into_iter().rev() {
-            self.ops.push_front(op);
-        }
-        let mut formed = formed;
-        for (id, head) in heads {
-            let Some(conversation) = self.conversation(&id) else { continue };
-            for (user, seq) in conversation.marks_due(head) {
-                puts.push(Put { key: keys::mark(&id, &user), value: Some(MarkRow { seq }.encode_to_vec().into()) });
-                formed.push(Formed::Implied { conversation: id.clone(), user, seq });
-            }
-        }
-        // The last batch of a shard that leaves gives it back as well.
-        let release = self.ops.is_empty()
-            && self.parked.is_empty()
-            && self.leaving.as_ref().is_some_and(|leaving| leaving.ask_at <= now);
-        if formed.is_empty() && watermark.is_none() {
-            return None;
-        }
-        *ops_left = ops_left.saturating_sub(formed.len());
-        self.outgoing.watermark_sent = watermark.unwrap_or(0);
-        if watermark.is_some() {
-            self.watermark_written_at = now;
-        }
-        self.under_way = Some(formed);
-        if let Some(leaving) = &mut self.leaving {
-            leaving.releasing = release;
-        }
-        Some(ShardBatch { shard: self.number, epoch: self.epoch, appends, puts, watermark, release })
-    }
-
-    fn form(&mut self, env: &mut Env, forming: &mut Forming, op: Op) {
-        match op {
-            Op::Send { to, send, key } => {
-                let Some(conversation) = self.conversation(&send.conversation) else {
-                    return self.refuse_in_turn(env, to, Refusal::Busy, "the conversation left memory: send again");
-                };
-                let id = conversation.id.clone();
-                if !conversation.is_member(&send.sender) {
-                    if to.again {
-                        // He may have been one when it was stored.
-                        return self.look_for(env, to, id, key);
-                    }
-                    return self.refuse_in_turn(env, to, Refusal::NotAMember, NOT_A_MEMBER);
-                }
-                if self.would_overtake(&to) {
-                    return self.refuse_in_turn(
-                        env,
-                        to,
-                        Refusal::Busy,
-                        "an earlier message of this connection was refused: send again",
-                    );
-                }
-                let Some(conversation) = self.conversation(&id) else { return };
-                if forming.closed.contains(&id) || !forming.keys.insert((id.clone(), key.clone())) {
-                    // The same key twice: the second waits until the first is stored, and everything behind it too.
-                    forming.closed.insert(id);
-                    return forming.deferred.push_back(Op::Send { to, send, key });
-                }
-                let entry = forming.append(
-                    conversation,
-                    &send.sender,
-                    &send.device,
-                    &send.client_id,
-                    key.clone(),
-                    0,
-                    send.payload.clone(),
-                );
-                forming.formed.push(Formed::Send { to, send, key, entry });
-            }
-            Op::Mark { to, mark } => {
-                let Some(conversation) = self.conversation(&mark.conversation) else {
-                    return env.refuse(to, Refusal::Busy, "the conversation left memory: send again");
-                };
-                if conversation.visible(&mark.user).is_empty() {
-                    return env.refuse(to, Refusal::NotAMember, NOT_A_MEMBER);
-                }
-                let known = conversation.mark(&mark.user);
-                let seq = mark.seq.min(conversation.visible_head(&mark.user));
-                if seq <= known {
-                    return env.reply(to, Answer::Marked(Marked { seq: known }));
-                }
-                let value = Some(MarkRow { seq }.encode_to_vec().into());
-                forming.puts.push(Put { key: keys::mark(&conversation.id, &mark.user), value });
-                forming.formed.push(Formed::Mark { to, mark, seq });
-            }
-            Op::Group { to, change } => {
-                let Some(conversation) = self.conversation(&change.conversation) else {
-                    return env.refuse(to, Refusal::Busy, "the conversation left memory: ask again");
-                };
-                let id = conversation.id.clone();
-                // Members are checked against what is committed: a change closes its conversation for the rest of the batch.
-                if !forming.closed.insert(id.clone()) || forming.heads.contains_key(&id) {
-                    return forming.deferred.push_back(Op::Group { to, change });
-                }
-                let steps = match conversation.plan_change(&change) {
-                    Ok(steps) => steps,
-                    Err((code, reason)) => return env.refuse(to, code, reason),
-                };
-                if steps.is_empty() {
-                    let info = group_info(conversation);
-                    return env.reply(to, Answer::Group(info));
-                }
-                if conversation.head == 0 {
-                    let row = GroupRow { created_ms: env.now.wall_ms };
-                    forming.puts.push(Put { key: keys::group(&id), value: Some(row.encode_to_vec().into()) });
-                }
-                let (mut entries, mut members) = (Vec::new(), Vec::new());
-                for (index, GroupStep { payload, members: changed }) in steps.into_iter().enumerate() {
-                    let mut key = BytesMut::from(&[3u8][..]);
-                    key.put_slice(change.key.as_bytes());
-                    key.put_u8(index as u8);
-                    let kind = EntryKind::System as u8;
-                    entries.push(forming.append(conversation, SYSTEM_SENDER, "", "", key.freeze(), kind, payload));
-                    for (user, member) in &changed {
-                        forming.puts.push(Put { key: keys::member(&id, user), value: Some(member.encode()) });
-                    }
-                    members.extend(changed);
-                }
-                forming.formed.push(Formed::Group { to, change, entries, members });
-            }
-            Op::User(write) => {
-                forming.puts.extend(write.puts.iter().cloned());
-                forming.formed.push(Formed::User(write));
-            }
-            Op::Room(write) => self.form_room(env, forming, write),
-        }
-    }
-
-    /// The batch is stored.
-    pub(super) fn committed(&mut self, env: &mut Env, at: Duration) {
-        self.confirmed(env, at);
-        let Some(formed) = self.under_way.take() else { return };
-        env.is_urgent |= self.leaving.is_some();
-        self.watermark_written = self.watermark_written.max(self.outgoing.watermark_sent);
-        for write in formed {
-            match write {
-                Formed::Send { to, entry, .. } => {
-                    let (seq, ts_ms) = (entry.seq, entry.ts_ms);
-                    env.reply(to, Answer::Stored(Stored { seq, ts_ms }));
-                    self.entry_committed(env, entry);
-                }
-                Formed::Mark { to, mark, seq } => {
-                    if let Some(conversation) = self.conversation_mut(&mark.conversation) {
-                        conversation.mark_written(&mark.user.as_str().into(), seq);
-                    }
-                    env.reply(to, Answer::Marked(Marked { seq }));
-                    self.tell_mark(env, &mark, seq);
-                }
-                Formed::Implied { conversation, user, seq } => {
-                    if let Some(conversation) = self.conversation_mut(&conversation) {
-                        conversation.mark_written(&user, seq);
-                    }
-                }
-                Formed::Group { to, change, entries, members } => {
-                    let now_ms = env.now.wall_ms;
-                    if let Some(conversation) = self.conversation_mut(&change.conversation) {
-                        conversation.apply_members(members, now_ms);
-                    }
-                    for entry in entries {
-                        self.entry_committed(env, entry);
-                    }
-                    if let Some(conversation) = self.conversation(&change.conversation) {
-                        let info = group_info(conversation);
-                        env.reply(to, Answer::Group(info));
-                    }
-                }
-                Formed::User(write) => self.user_written(env, write),
-                Formed::Room(write) => self.room_written(env, write),
-            }
-        }
-    }
-
-    fn entry_committed(&mut self, env: &mut Env, entry: LogEntry) {
-        env.stats.committed += 1;
-        self.load_count += 1;
-        self.head_pos = entry.pos;
-        if let Some(conversation) = self.conversation_mut(&entry.conversation.clone()) {
-            conversation.committed(entry.clone());
-        }
-        self.notify_committed(env, entry);
-    }
-
-    /// A batch that was to give the shard back was not stored.
-    fn release_again(&mut self, ask_at: Duration) {
-        if let Some(leaving) = &mut self.leaving {
-            (leaving.releasing, leaving.ask_at) = (false, ask_at);
-        }
-    }
-
-    /// Some keys were stored before: they are answered with what is stored, the rest is numbered anew.
-    pub(super) fn duplicates(&mut self, env: &mut Env, duplicates: Vec<Duplicate>) {
-        let Some(formed) = self.under_way.take() else { return };
-        self.release_again(env.now.mono);
-        let mut stored: BTreeMap<usize, LogEntry> =
-            duplicates.into_iter().map(|duplicate| (duplicate.index, duplicate.stored)).collect();
-        env.stats.duplicates += stored.len() as u64;
-        let mut index = 0;
-        let mut again = Vec::new();
-        for write in formed {
-            let entries = write.entries().len();
-            let hit = (index..index + entries).find_map(|index| stored.remove(&index));
-            index += entries;
-            match (write, hit) {
-                (Formed::Send { to, send, .. }, Some(stored)) => {
-                    if stored.payload == send.payload {
-                        env.reply(to, Answer::Stored(Stored { seq: stored.seq, ts_ms: stored.ts_ms }));
-                    } else {
-                        env.refuse(to, Refusal::IdReused, "this id was used for another message");
-                    }
-                }
-                (Formed::Group { to, change, entries, .. }, Some(stored)) => {
-                    let is_message = !change.system_message.is_empty() && entries.len() == 1;
-                    if is_message && stored.payload != change.system_message {
-                        env.refuse(to, Refusal::IdReused, "this id was used for another message");
-                    } else if let Some(conversation) = self.conversation(&change.conversation) {
-                        let mut info = group_info(conversation);
-                        if is_message {
-                            info.head = stored.seq;
-                        }
-                        env.reply(to, Answer::Group(info));
-                    }
-                }
-                (write, _) => again.extend(reopen(write)),
-            }
-        }
-        for op in again.into_iter().rev() {
-            self.ops.push_front(op);
-        }
-    }
-
-    /// The store certainly wrote nothing: clients are told; what nobody can be refused is tried again.
-    pub(super) fn refused(&mut self, env: &mut Env, reason: &str) {
-        self.write_again_at = env.now.mono + RETRY_PAUSE;
-        let Some(formed) = self.under_way.take() else { return };
-        self.release_again(self.write_again_at);
-        let mut again = Vec::new();
-        for write in formed {
-            match write {
-                Formed::Send { to, .. } | Formed::Mark { to, .. } | Formed::Group { to, .. } if !to.again => {
-                    self.refuse_in_turn(env, to, Refusal::StoreUnavailable, reason);
-                }
-                Formed::Send { .. } | Formed::Mark { .. } | Formed::Group { .. } => again.extend(reopen(write)),
-                Formed::Room(write) if !write.to().again => {
-                    env.refuse(write.to(), Refusal::StoreUnavailable, reason);
-                }
-                Formed::Room(write) => again.push(Op::Room(write.reopen())),
-                Formed::Implied { .. } => {}
-                Formed::User(write) => again.extend(self.user_write_refused(env, write, reason).map(Op::User)),
-            }
-        }
-        for op in again.into_iter().rev() {
-            self.ops.push_front(op);
-        }
-    }
-
-    /// Tells the reader's other devices, and in a 1:1 the peer, of a read mark. A hint: heads carry marks too.
-    fn tell_mark(&mut self, env: &mut Env, mark: &MarkRead, seq: u64) {
-        let Some(conversation) = self.conversation(&mark.conversation) else { return };
-        let peer = conversation.peer_of(&mark.user).filter(|peer| ***peer != *mark.user).map(ToString::to_string);
-        for user in peer.into_iter().chain([mark.user.clone()]) {
-            let shard = shard_of(&user, env.shards);
-            let state = ReadState { user, conversation: mark.conversation.clone(), reader: mark.user.clone(), seq };
-            let notify = Notify { read_states: vec![state], ..Notify::default() };
-            let body = Body { body: Some(body::Body::Notify(notify)) };
-            // Full queues drop a hint.
-            let _ = env.router.request(shard, 0, body, PeerToken::Hint);
-        }
-    }
-
     // ---- now and then ---------------------------------------------------------------------------------------------------
 
     pub(super) fn tick(&mut self, env: &mut Env) {
         let now = env.now.mono;
-        let (due, later) = std::mem::take(&mut self.load_again).into_iter().partition(|(at, _)| *at <= now);
-        self.load_again = later;
-        let due: Vec<(Duration, Arc<str>)> = due;
-        for (_, conversation) in due {
-            self.ask_for_conversation(env, conversation);
+        for conversation in self.conversations.due(now) {
+            ask_for_conversation(env, self.number, self.epoch, conversation);
         }
         self.retry_notifications(env);
         self.tick_users(env);
@@ -978,10 +552,7 @@ impl OwnedShard {
         let writes_users = self.ops.iter().any(|op| matches!(op, Op::User(_)))
             || under_way.clone().any(|write| matches!(write, Formed::User(_)));
         if self.conversations.len() > max {
-            self.conversations.retain(|id, cached| {
-                let is_idle = matches!(cached, Cached::Ready { used_at, .. } if *used_at + IDLE_MAX < now);
-                !is_idle || named.contains(&**id)
-            });
+            self.conversations.retain(now, |id, _, is_idle| !is_idle || named.contains(&**id));
         }
         self.rooms.sweep(now, &named);
         if !writes_users {
@@ -990,77 +561,9 @@ impl OwnedShard {
     }
 }
 
-/// A batch being put together.
-#[derive(Default)]
-pub(super) struct Forming {
-    pos: u64,
-    ts_ms: i64,
-    heads: BTreeMap<Arc<str>, u64>,
-    /// Conversations that take nothing more into this batch.
-    closed: BTreeSet<Arc<str>>,
-    keys: HashSet<(Arc<str>, Bytes), foldhash::fast::FixedState>,
-    formed: Vec<Formed>,
-    deferred: VecDeque<Op>,
-    appends: Vec<LogEntry>,
-    puts: Vec<Put>,
-    pub(super) rooms: FormingRooms,
-}
-
-impl Forming {
-    /// Leaves a write to the next batch.
-    pub(super) fn defer(&mut self, op: Op) {
-        self.deferred.push_back(op);
-    }
-
-    pub(super) fn put(&mut self, put: Put) {
-        self.puts.push(put);
-    }
-
-    pub(super) fn form_room(&mut self, write: FormedRoom) {
-        self.formed.push(Formed::Room(write));
-    }
-
-    #[allow(clippy::too_many_arguments)] // the fields of one log entry
-    fn append(
-        &mut self,
-        conversation: &Conversation,
-        sender: &str,
-        device: &str,
-        client_id: &str,
-        key: Bytes,
-        kind: u8,
-        payload: Bytes,
-    ) -> LogEntry {
-        let head = self.heads.entry(conversation.id.clone()).or_insert(conversation.head);
-        *head += 1;
-        self.pos += 1;
-        let entry = LogEntry {
-            conversation: conversation.id.clone(),
-            seq: *head,
-            pos: self.pos,
-            key,
-            sender: sender.into(),
-            device: device.into(),
-            kind,
-            client_id: client_id.into(),
-            ts_ms: self.ts_ms.max(conversation.head_ts_ms),
-            payload,
-        };
-        self.appends.push(entry.clone());
-        entry
-    }
-}
-
-/// A write that goes into the next batch again.
-fn reopen(write: Formed) -> Option<Op> {
-    match write {
-        Formed::Send { to, send, key, .. } => Some(Op::Send { to, send, key }),
-        Formed::Mark { to, mark, .. } => Some(Op::Mark { to, mark }),
-        Formed::Group { to, change, .. } => Some(Op::Group { to, change }),
-        Formed::Implied { .. } => None,
-        Formed::User(write) => Some(Op::User(write)),
-        Formed::Room(write) => Some(Op::Room(write.reopen())),
-    }
+fn ask_for_conversation(env: &mut Env, shard: u32, epoch: u64, conversation: Arc<str>) {
+    let call = StoreCall::LoadConversation { shard, conversation: conversation.clone() };
+    env.call(call, Context::LoadConversation { shard, epoch, conversation });
 }
 
 /// What makes a resend of this message a duplicate.
