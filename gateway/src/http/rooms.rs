@@ -11,7 +11,8 @@ use im_proto::link::{Room, RoomChange, RoomGet, RoomKick, Sanction, body};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Api, Caller, Problem, Shared, name, problem_of};
+use super::problem::{Problem, problem_of};
+use super::{Api, Caller, Shared, name};
 use crate::session::Counter;
 
 /// A live room.
