@@ -63,7 +63,7 @@ impl Default for Timing {
 /// What the coordinator hears. A member id names one process start, so whatever is late can be told from what is new.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// A member dialled in. Earlier processes of the same name are gone.
+    /// A member dialled in. Other processes of its name count as dead.
     MemberJoined {
         /// Who.
         member: MemberId,
@@ -199,7 +199,16 @@ struct Member {
     given_up: bool,
 }
 
-/// Confirmed dead processes that are remembered, so that their late messages don't revive them.
+/// Why a process counts as dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Death {
+    /// Its end was seen.
+    Confirmed,
+    /// Another process of its name joined. If it joins once more, then that one came before it and was only heard later.
+    Succeeded,
+}
+
+/// Dead processes that are remembered, so that their late messages don't revive them.
 const DEAD_REMEMBERED_MAX: usize = 1_024;
 /// A member that has been silent for that long and owns nothing is forgotten.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
@@ -213,8 +222,8 @@ pub struct Coordinator {
     map: ShardMap,
     slots: Vec<Slot>,
     members: BTreeMap<MemberId, Member>,
-    /// Processes that are known to have ended, and the order in which they did.
-    dead: HashSet<MemberId>,
+    /// Processes that count as dead, and the order in which they came to.
+    dead: HashMap<MemberId, Death>,
     dead_order: VecDeque<MemberId>,
     queue: VecDeque<Move>,
     in_flight: usize,
@@ -250,7 +259,7 @@ impl Coordinator {
             idle_load: IDLE_LOAD,
             map,
             members: BTreeMap::new(),
-            dead: HashSet::new(),
+            dead: HashMap::new(),
             dead_order: VecDeque::new(),
             queue: VecDeque::new(),
             in_flight: 0,
@@ -298,7 +307,7 @@ impl Coordinator {
         match event {
             Event::MemberJoined { member } => self.member_joined(now, member),
             Event::MemberGone { member, confirmed_dead: true } => {
-                self.bury(&member);
+                self.bury(&member, Death::Confirmed);
                 self.sweep(now, &mut actions);
             }
             Event::MemberGone { confirmed_dead: false, .. } => {}
@@ -339,17 +348,25 @@ impl Coordinator {
     }
 
     fn member_joined(&mut self, now: Duration, member: MemberId) {
+        match self.dead.get(&member) {
+            Some(Death::Confirmed) => return,
+            Some(Death::Succeeded) => {
+                self.dead.remove(&member);
+                self.dead_order.retain(|dead| *dead != member);
+            }
+            None => {}
+        }
         let earlier: Vec<MemberId> =
             self.members.keys().filter(|other| other.name() == member.name() && **other != member).cloned().collect();
         for other in earlier {
-            self.bury(&other);
+            self.bury(&other, Death::Succeeded);
         }
         self.hear(now, &member);
     }
 
     /// Notes a sign of life; `None` from a process that is known to have ended.
     fn hear(&mut self, now: Duration, member: &MemberId) -> Option<&mut Member> {
-        if self.dead.contains(member) {
+        if self.dead.contains_key(member) {
             return None;
         }
         let fresh = Member { heard_at: now, store_ok: true, leaving: false, given_up: false };
@@ -359,9 +376,9 @@ impl Coordinator {
         Some(known)
     }
 
-    fn bury(&mut self, member: &MemberId) {
+    fn bury(&mut self, member: &MemberId, death: Death) {
         self.members.remove(member);
-        if self.dead.insert(member.clone()) {
+        if self.dead.insert(member.clone(), death).is_none() {
             self.dead_order.push_back(member.clone());
         }
         // A forgotten one that still owns something is silent, so it is lost all the same, three seconds later.
@@ -475,7 +492,7 @@ impl Coordinator {
     fn is_lost(&self, now: Duration, shard: Shard) -> bool {
         let (Some(row), Some(slot)) = (self.map.get(shard), self.slots.get(shard as usize)) else { return false };
         let Some(owner) = &row.owner else { return true };
-        if self.dead.contains(owner) {
+        if self.dead.contains_key(owner) {
             return true;
         }
         if now.saturating_sub(slot.claimed_at) >= self.timing.lost_after {
@@ -548,7 +565,7 @@ impl Coordinator {
                 }
             }
             Step::TakingBack { until } => {
-                let owner_dead = row.owner.as_ref().is_some_and(|owner| self.dead.contains(owner));
+                let owner_dead = row.owner.as_ref().is_some_and(|owner| self.dead.contains_key(owner));
                 if now >= *until || owner_dead {
                     self.enter(shard, Step::Rest);
                 }
@@ -966,6 +983,25 @@ mod tests {
         assert_eq!(died, [acquire(&b, 0, row(5, Some(&a)))]);
         assert_eq!(scene.beat(&a, vec![(0, 5)], true), [], "a late heartbeat of the dead");
         assert!(!scene.coordinator.snapshot(scene.now).members.contains_key(&a));
+    }
+
+    #[test]
+    fn who_is_heard_late_does_not_shut_out_his_successor() {
+        let member = |boot| MemberId::new("a", boot).expect("a good name");
+        let joined = |member: &MemberId| Event::MemberJoined { member: member.clone() };
+        let usable = |scene: &Scene, member: &MemberId| scene.coordinator.is_usable(scene.now, member);
+        let (first, second) = (member(1), member(2));
+
+        let mut scene = Scene::new(1, &["b"]);
+        scene.tell(joined(&second));
+        scene.tell(joined(&first));
+        assert!(!usable(&scene, &second), "it seems to be the earlier one");
+        scene.tell(joined(&second));
+        assert!(usable(&scene, &second) && !usable(&scene, &first), "its stream was closed, and it dialled again");
+
+        scene.tell(Event::MemberGone { member: first.clone(), confirmed_dead: true });
+        scene.tell(joined(&first));
+        assert!(usable(&scene, &second) && !usable(&scene, &first), "the dead stay dead");
     }
 
     #[test]

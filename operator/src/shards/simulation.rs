@@ -127,8 +127,10 @@ impl World {
             true if self.random.one_in(8) => 2,
             _ => 1,
         };
+        // Who dials may wait to be accepted.
+        let on_time = if matches!(message, Message::Up(Event::MemberJoined { .. })) { 3 } else { 10 };
         for _ in 0..copies {
-            let delay_ms = if faulty && self.random.one_in(10) { 3_000 } else { 60 };
+            let delay_ms = if faulty && self.random.one_in(on_time) { 3_000 } else { 60 };
             let delay = Duration::from_millis(self.random.below(delay_ms));
             self.network.push((self.now + delay, message.clone()));
         }
@@ -224,6 +226,7 @@ impl World {
     }
 
     fn member_steps(&mut self) {
+        let known = self.coordinator.snapshot(self.now - self.leader_since).members;
         for name in NAMES {
             let Some(Some(member)) = self.members.get_mut(name) else { continue };
             if self.now < member.stopped_until {
@@ -251,6 +254,11 @@ impl World {
                     term: member.term,
                 };
                 let leaving = Event::Leaving { member: member.id.clone(), leaving: member.leaving };
+                if !known.contains_key(&member.id) {
+                    // A leader that does not know it has closed its stream, or has none of it yet: it dials.
+                    let joined = Event::MemberJoined { member: member.id.clone() };
+                    self.send(Message::Up(joined));
+                }
                 self.send(Message::Up(heartbeat));
                 self.send(Message::Up(leaving));
             }
