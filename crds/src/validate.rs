@@ -322,10 +322,7 @@ fn check_postgres(checker: &mut Checker, postgres: &Postgres) {
     let ways = [postgres.url.is_some(), postgres.url_file.is_some(), postgres.url_secret.is_some()];
     let one = ways.into_iter().filter(|present| *present).count() == 1;
     checker.require(one, "spec.storage.postgres", "set exactly one of: url, urlFile, urlSecret");
-    checker.filled("spec.storage.postgres.caFile", postgres.ca_file.as_deref());
-    checker.secret("spec.storage.postgres.caSecret", postgres.ca_secret.as_ref());
-    let both = postgres.ca_file.is_some() && postgres.ca_secret.is_some();
-    checker.require(!both, "spec.storage.postgres", "set at most one of: caFile, caSecret");
+    check_file_or_secret(checker, "spec.storage.postgres", "ca", &postgres.ca_file, &postgres.ca_secret);
 }
 
 fn check_access(checker: &mut Checker, cluster: &ImCluster) {
@@ -483,16 +480,22 @@ fn check_prometheus(checker: &mut Checker, prometheus: &Prometheus) {
         "write http://HOST[:PORT][/PATH] or https://…, for example http://prometheus.monitoring:9090",
     );
     checker.require(prometheus.url.chars().count() <= 2_048, &format!("{path}.url"), "is longer than 2048 characters");
-    checker.filled(&format!("{path}.tokenFile"), prometheus.token_file.as_deref());
-    checker.filled(&format!("{path}.caFile"), prometheus.ca_file.as_deref());
-    checker.secret(&format!("{path}.tokenSecret"), prometheus.token_secret.as_ref());
-    checker.secret(&format!("{path}.caSecret"), prometheus.ca_secret.as_ref());
-    for (one, other, both) in [
-        ("tokenFile", "tokenSecret", prometheus.token_file.is_some() && prometheus.token_secret.is_some()),
-        ("caFile", "caSecret", prometheus.ca_file.is_some() && prometheus.ca_secret.is_some()),
-    ] {
-        checker.require(!both, path, &format!("set at most one of: {one}, {other}"));
-    }
+    check_file_or_secret(checker, path, "token", &prometheus.token_file, &prometheus.token_secret);
+    check_file_or_secret(checker, path, "ca", &prometheus.ca_file, &prometheus.ca_secret);
+}
+
+/// What is given as `{what}File` or, on Kubernetes, as `{what}Secret`, if at all.
+fn check_file_or_secret(
+    checker: &mut Checker,
+    path: &str,
+    what: &str,
+    file: &Option<String>,
+    secret: &Option<SecretKey>,
+) {
+    checker.filled(&format!("{path}.{what}File"), file.as_deref());
+    checker.secret(&format!("{path}.{what}Secret"), secret.as_ref());
+    let both = file.is_some() && secret.is_some();
+    checker.require(!both, path, &format!("set at most one of: {what}File, {what}Secret"));
 }
 
 fn check_rules(checker: &mut Checker, path: &str, rules: &ScalingRules) {
