@@ -668,6 +668,19 @@ fn an_owner_that_was_replaced_and_does_not_know_it_makes_nobody_miss_anything() 
 }
 
 #[test]
+fn who_left_and_came_back_misses_nothing_when_he_hears_of_his_leaving_last() {
+    let mut driven = Driven::subscribed(Version::V5);
+    driven.deliver(3);
+    // While he fetches from 1, it is told that he left with 1; he came back with 2.
+    let left = Recipient { user: "alice".to_owned(), from_seq: 1, to_seq: 1, as_of: 1 };
+    let conversation = CONVERSATIONS[0].to_owned();
+    let deliver = Deliver { conversation, entry: Some(entry(1)), recipients: vec![left.clone()] };
+    driven.session.on_deliver(driven.now_ms, &deliver, &left, &mut driven.effects);
+    driven.answer_next(Outcome::Fetched(Fetched { entries: vec![entry(2), entry(3)], next: 4, head: 3 }));
+    assert_eq!(driven.packets().len(), 2);
+}
+
+#[test]
 fn who_does_not_read_hears_of_read_marks_later() {
     let mut driven = Driven::subscribed(Version::V5);
     for seq in 1..=3 {

@@ -493,9 +493,7 @@ impl Session {
             if entry.seq < flow.next {
                 continue;
             }
-            if flow.to_seq != 0 && entry.seq > flow.to_seq {
-                break;
-            }
+            // Whatever the index said meanwhile: the owner shows members what they may see, be it of after they came back.
             if !self.is_own(entry) && self.room() == 0 {
                 all = false;
                 break;
