@@ -15,8 +15,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use deadpool_postgres::tokio_postgres as pg;
 use deadpool_postgres::tokio_postgres::config::{SslMode, TargetSessionAttrs};
-use deadpool_postgres::tokio_postgres::{self as pg};
 use deadpool_postgres::{
     ClientWrapper, Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
 };
@@ -58,9 +58,10 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Closes it: whatever is under way on it, nobody else must wait behind it.
-    pub(super) fn close(self) {
+    /// Closes one that has not answered in time: whatever is under way on it, nobody else must wait behind it.
+    pub(super) fn hangs(self) -> StoreError {
         drop(Object::take(self.object));
+        StoreError::unknown(format_args!("no answer within {CALL_TIMEOUT:?}"))
     }
 }
 

@@ -205,10 +205,7 @@ impl Postgres {
                 return Ok(Flushed::Committed);
             }
             Ok(Some(error)) => error,
-            Err(_) => {
-                client.close();
-                return Err(StoreError::unknown(format_args!("no answer within {CALL_TIMEOUT:?}")));
-            }
+            Err(_) => return Err(client.hangs()),
         };
         if !is_statement_error(&error) {
             return Err(StoreError::unknown(explain(&error)));
@@ -284,10 +281,7 @@ impl Postgres {
             let error = match swapped {
                 Ok(Ok(swapped)) => return Ok(swapped),
                 Ok(Err(error)) => error,
-                Err(_) => {
-                    client.close();
-                    return Err(StoreError::unknown(format_args!("no answer within {CALL_TIMEOUT:?}")));
-                }
+                Err(_) => return Err(client.hangs()),
             };
             if !is_statement_error(&error) {
                 return Err(StoreError::unknown(explain(&error)));
